@@ -1,0 +1,251 @@
+"""Which records stand in one table, and in what order.
+
+Records are compared only where they were measured alike: a table is the set of records that share
+data, victims, evaluation seeds, budget and defence. Whether it belongs to a frozen track is decided
+by what its records say was run, not by what they call themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC
+from pathlib import Path
+from typing import Any
+
+from poisonbench import records
+from poisonbench.records import Record, VictimScores
+from poisonbench.statistics import ranks
+from poisonbench.tracks import TRACKS
+
+FLIPS = ("label_flip (spread=random)", "label_flip (spread=concentrated)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record in its table.
+
+    Attributes:
+        record: what was measured.
+        folder: where it lies, relative to the results, with `/` between parts.
+        pictures: names of the pictures beside it.
+        name: the attack, with the options that tell it from its neighbours.
+        control: which of the controls that every table should have it is, if any. A poison that
+            was handed in is none, whatever it is called.
+        rank: its place, from 1; None where the record is marked invalid.
+        tied: another row has the same rank.
+    """
+
+    record: Record
+    folder: str
+    pictures: tuple[str, ...]
+    name: str
+    control: str | None
+    rank: int | None = None
+    tied: bool = False
+
+    def scores(self, recipe: str) -> VictimScores:
+        """What victims of that recipe scored; the rows of a table share their recipes."""
+        scores = self.record.victim(recipe)
+        assert scores is not None
+        return scores
+
+    def accuracy(self, recipe: str) -> str:
+        """Mean accuracy of clean and of poisoned victims, in percent."""
+        scores = self.scores(recipe)
+        return f"{scores.clean_accuracy.mean:.2f} → {scores.poisoned_accuracy.mean:.2f}"
+
+    @property
+    def place(self) -> str:
+        """The rank, and whether it is shared."""
+        return f"{self.rank}{'=' if self.tied else ''}"
+
+    @property
+    def cost(self) -> str:
+        """Crafting time."""
+        seconds = self.record.crafting_seconds
+        return "–" if seconds is None else f"{seconds:,.0f} s"
+
+    @property
+    def date(self) -> str:
+        """When it was measured, in UTC."""
+        return self.record.created.astimezone(UTC).date().isoformat()
+
+
+@dataclass(frozen=True)
+class Game:
+    """One table: records that were measured alike.
+
+    Attributes:
+        track: what they ran under.
+        frozen: they ran the track as it is, so this is a table of the benchmark.
+        title: heading, unique on its page.
+        slug: name of the CSV file, unique among them.
+        recipes: the victims, the one that decides the ranks first.
+        seeds: how many pairs of victims there are of each.
+        ranked: valid rows, best first.
+        invalid: rows marked invalid.
+        missing: controls that no valid row is.
+    """
+
+    track: str
+    frozen: bool
+    title: str
+    slug: str
+    recipes: list[str]
+    seeds: dict[str, int]
+    ranked: list[Row]
+    invalid: list[Row]
+    missing: list[str]
+
+
+def read(results: Path) -> list[Game]:
+    """Every table of the records below a folder: the frozen tracks' in their order, then the others.
+
+    Raises:
+        UserError: a record is not valid.
+    """
+    groups: dict[str, list[tuple[Path, Record]]] = {}
+    for path, record in records.find(results):
+        groups.setdefault(_key(record), []).append((path.parent, record))
+    named = {key: _title(group[0][1]) for key, group in groups.items()}
+    slugs = {key: _slug(title) for key, title in named.items()}
+    uses = Counter(slugs.values())
+    tables: list[Game] = []
+    for key, group in groups.items():
+        title, slug = named[key], slugs[key]
+        if uses[slug] > 1:  # two headings that a reader or a file system could not tell apart
+            mark = hashlib.sha256(key.encode()).hexdigest()[:8]
+            title, slug = f"{title} ({mark})", f"{slug}-{mark}"
+        tables.append(_game(title, slug, group, results))
+    order = list(TRACKS)
+    return sorted(
+        tables,
+        key=lambda game: (order.index(game.track) if game.frozen else len(order), game.title),
+    )
+
+
+def _key(record: Record) -> str:
+    """All that two records must share to be compared, as canonical text."""
+    victims = sorted(canonical([v.recipe_name, v.recipe, v.seeds]) for v in record.victims)
+    return canonical(
+        [
+            record.track, sorted(record.custom), record.dataset.model_dump(), record.hashes,
+            record.num_train, record.budget.model_dump(), record.defense, record.surrogate, victims,
+        ]
+    )  # fmt: skip
+
+
+def _changes(record: Record) -> list[str]:
+    """What differs from the track as it is frozen now; nothing where the record is the track's.
+
+    The record's own list is believed where it admits a change, and checked where it does not.
+    """
+    track = TRACKS.get(record.track)
+    if record.custom or track is None:
+        return sorted(record.custom) or ["track unknown"]
+    victims = {victim.recipe_name: victim for victim in record.victims}
+    recipes = {name: recipe.as_dict() for name, recipe in track.recipes.items()}
+    same = {
+        "dataset": record.dataset == track.dataset,
+        "surrogate": record.surrogate == track.surrogate,
+        "recipes": len(victims) == len(record.victims)
+        and canonical({name: victim.recipe for name, victim in victims.items()}) == canonical(recipes),
+        "seeds": all(v.seeds == list(range(track.seeds)) for v in record.victims),
+    }
+    return [f"{name} unlike the track's" for name, alike in same.items() if not alike]
+
+
+def _title(record: Record) -> str:
+    changes = _changes(record)
+    custom = f", custom ({', '.join(changes)})" if changes else ""
+    defense = "" if record.defense == "none" else f"; defence {record.defense}"
+    return f"{record.track}{custom}: {record.budget.game()}{defense}"
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", title.lower())[:100].strip("-.")
+
+
+def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path) -> Game:
+    first = group[0][1]
+    seeds = {victim.recipe_name: len(victim.seeds) for victim in first.victims}
+    recipes = sorted(seeds, key=lambda name: (name != first.surrogate, name))
+    controls = ("none", "noise", *(FLIPS if first.budget.labels == "free" else ()))
+    telling = _telling_options([record for _, record in group])
+    ranked: list[Row] = []
+    invalid: list[Row] = []
+    for folder, record in group:
+        kind = _name(record, {"spread"})
+        row = Row(
+            record=record,
+            folder=folder.relative_to(results).as_posix(),
+            pictures=tuple(p for p in ("summary.png",) if (folder / p).is_file()),
+            name=_name(record, telling.get(record.attack, ())),
+            control=kind if kind in controls else None,
+        )
+        (ranked if record.status == "valid" else invalid).append(row)
+    ranked = _with_ranks(ranked, recipes[0])
+    there = {row.control for row in ranked}
+    return Game(
+        track=first.track, frozen=not _changes(first), title=title, slug=slug,
+        recipes=recipes, seeds=seeds, ranked=ranked,
+        invalid=sorted(invalid, key=lambda row: row.folder),
+        missing=[control for control in controls if control not in there],
+    )  # fmt: skip
+
+
+def _telling_options(group: list[Record]) -> dict[str, set[str]]:
+    """For every attack in a table, the options that its records do not share."""
+    options: dict[str, list[dict[str, Any]]] = {}
+    for record in group:
+        if _crafted(record):
+            options.setdefault(record.attack, []).append(_options(record))
+    # How a label flip is spread makes two attacks of it, so it is said of a lone one too.
+    telling = {attack: {"spread"} if attack == "label_flip" else set[str]() for attack in options}
+    for attack, several in options.items():
+        for name in set[str]().union(*several):
+            if len({canonical(each.get(name)) for each in several}) > 1:
+                telling[attack].add(name)
+    return telling
+
+
+def _options(record: Record) -> dict[str, Any]:
+    return {**record.attack_config, "attack_seed": record.attack_seed}
+
+
+def _crafted(record: Record) -> bool:
+    """Whether the poison was made by the named attack here, not handed in under that name."""
+    return record.crafting_seconds is not None
+
+
+def _name(record: Record, telling: Iterable[str]) -> str:
+    if not _crafted(record):
+        return f"{record.attack} (from a file)"
+    told = [
+        f"{name}={value if isinstance(value, str) else canonical(value)}"
+        for name, value in sorted(_options(record).items())
+        if name in telling
+    ]
+    return f"{record.attack} ({', '.join(told)})" if told else record.attack
+
+
+def _with_ranks(rows: list[Row], recipe: str) -> list[Row]:
+    """Valid rows in order of rank, then of drop, name and folder."""
+    drops = [row.scores(recipe).drop for row in rows]
+    places = ranks(drops)
+    # Rounded, so that the last bit of a machine's floating point does not order two equal drops.
+    order = sorted(
+        range(len(rows)),
+        key=lambda i: (places[i], -round(drops[i].mean, 6), rows[i].name, rows[i].folder),
+    )
+    return [replace(rows[i], rank=places[i], tied=places.count(places[i]) > 1) for i in order]
+
+
+def canonical(value: object) -> str:
+    """JSON that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

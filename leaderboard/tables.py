@@ -1,0 +1,187 @@
+"""The tables: every committed record, game by game, as Markdown and as CSV.
+
+Everything here is derived. `update` reads the records below a folder and writes `README.md` and one
+CSV per table beside them; the same records give the same bytes on every machine, so a test can
+compare what is committed with what the records give.
+
+A record may come from a stranger, so whatever it says is escaped before it stands on a page.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import UTC
+from pathlib import Path
+from urllib.parse import quote
+
+import jinja2
+import pandas as pd
+
+from poisonbench._files import write_text
+from poisonbench.errors import UserError
+from poisonbench.statistics import CONFIDENCE, Interval
+from poisonbench.threat import LInf
+from poisonbench.tracks import TRACKS
+
+from .games import Game, Row, canonical, read
+
+BEGIN = "<!-- leaderboard: begin -->"
+END = "<!-- leaderboard: end -->"
+LONGEST = 300
+"""Characters of a record's text that a page shows; the CSV has the rest."""
+
+
+def build(results: Path) -> dict[Path, str]:
+    """All tables of the records below a folder.
+
+    Args:
+        results: the folder.
+
+    Returns:
+        The text of every file to write, by its path relative to the folder.
+
+    Raises:
+        UserError: a record is not valid.
+    """
+    return _files(read(results))
+
+
+def update(results: Path, readme: Path | None = None, check: bool = False) -> list[Path]:
+    """Bring the files up to date with the records, or say which are not.
+
+    Args:
+        results: where the records are, and where the tables go.
+        readme: a page whose part between the markers is replaced by the frozen tracks' tables.
+        check: write nothing.
+
+    Returns:
+        The paths that were not what the records give, tables that belong to no record included.
+        Without `check` they now are up to date, or gone.
+
+    Raises:
+        UserError: a record is not valid, the page lacks its markers, or a file cannot be written.
+    """
+    games = read(results)
+    wanted = {results / path: text for path, text in _files(games).items()}
+    if readme is not None:
+        wanted[readme] = _inserted(readme, results, games)
+    changed = [path for path, text in wanted.items() if _bytes(path) != text.encode()]
+    stale = sorted(path for path in (results / "tables").glob("*.csv") if path not in wanted)
+    if not check:
+        for path in changed:
+            write_text(path, wanted[path])
+        for path in stale:
+            path.unlink()
+    return changed + stale
+
+
+def escape(text: object) -> str:
+    """Text that Markdown and HTML show as it is, on one line and in a table cell too."""
+    line = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
+    if len(line) > LONGEST:
+        line = line[: LONGEST - 1] + "…"
+    # A colon before more text, or a point after www, would make a link even without brackets.
+    line = re.sub(r"([\\`*_\[\]|~$]|:(?=\S)|(?<=www)\.)", r"\\\1", line)
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _files(games: list[Game]) -> dict[Path, str]:
+    tracks = [(t, [g for g in games if g.frozen and g.track == t.name]) for t in TRACKS.values()]
+    page = _template("results.md.j2").render(
+        tracks=tracks,
+        custom=[game for game in games if not game.frozen],
+        invalid=[(game, row) for game in games for row in game.invalid],
+        percent=f"{CONFIDENCE:.0%}".replace("%", " %"),
+    )
+    tables = {Path("tables", f"{game.slug}.csv"): _csv(game) for game in games}
+    return {Path("README.md"): page} | tables
+
+
+def _inserted(readme: Path, results: Path, games: list[Game]) -> str:
+    """The page with its marked part replaced; all else keeps its bytes."""
+    try:
+        text = readme.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {readme}: {error}") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in after or END in before + after:
+        raise UserError(f"{readme} must hold the lines {BEGIN} and {END} once each, in this order")
+    tables = _template("readme.md.j2").render(
+        games=[game for game in games if game.frozen and game.ranked],
+        root=Path(os.path.relpath(results, readme.parent)).as_posix(),
+    )
+    return f"{before}{BEGIN}\n{tables}{END}{after}"
+
+
+def _csv(game: Game) -> str:
+    rows = [_flat(game, row) for row in game.ranked + game.invalid]
+    # As objects, so that a rank that one row lacks does not turn the others into floats.
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _flat(game: Game, row: Row) -> dict[str, object]:
+    """A row of the CSV: everything that the page shows, in full, and what it leaves out."""
+    record = row.record
+    pixels = record.budget.pixels
+    scores: dict[str, object] = {}
+    for recipe in game.recipes:
+        victim = row.scores(recipe)
+        scores[f"{recipe}_seeds"] = len(victim.seeds)
+        for name, interval in (
+            ("drop", victim.drop), ("best_epoch_drop", victim.best_drop),
+            ("clean", victim.clean_accuracy), ("poisoned", victim.poisoned_accuracy),
+        ):  # fmt: skip
+            scores |= _ends(f"{recipe}_{name}", interval)
+    flat: dict[str, object] = {
+        "rank": row.rank, "tied": row.tied, "attack": record.attack, "control": row.control is not None,
+        "attack_config": canonical(record.attack_config), "attack_seed": record.attack_seed,
+        "status": record.status, "remark": record.remark,
+        "track": record.track, "custom": " ".join(record.custom), "frozen": game.frozen,
+        "fraction": record.budget.fraction, "mode": record.budget.mode,
+        "labels": record.budget.labels, "pixels": pixels.kind,
+        "radius": pixels.radius if isinstance(pixels, LInf) else None,
+        "defense": record.defense, "dataset": record.dataset.name, "surrogate": record.surrogate,
+        "num_train": record.num_train, "num_poison": record.num_poison, **scores,
+        "crafting_seconds": record.crafting_seconds,
+        "evaluation_seconds": record.evaluation_seconds,
+        "processor": record.hardware.processor, "cores": record.hardware.cores,
+        "device": record.hardware.device, "version": record.code.get("version"),
+        "commit": record.code.get("commit"), "dirty": record.code.get("dirty"),
+        "created": record.created.astimezone(UTC).isoformat(), "poison_hash": record.poison_hash,
+        "record": f"{row.folder}/record.json",
+    }  # fmt: skip
+    return {name: _no_formula(value) for name, value in flat.items()}
+
+
+def _ends(name: str, interval: Interval) -> dict[str, object]:
+    # Six digits, as in the records: the last bits differ between machines, and tables must not.
+    values = {"": interval.mean, "_low": interval.low, "_high": interval.high}
+    return {f"{name}{end}": round(value, 6) + 0.0 for end, value in values.items()}
+
+
+def _no_formula(value: object) -> object:
+    """Text that a spreadsheet would run as a formula, made plain text by an apostrophe."""
+    danger = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
+    return f"'{value}" if danger else value
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # the pages are Markdown: the filter `text` escapes for both
+    )
+    environment.filters |= {"text": escape, "link": quote}
+    return environment.get_template(name)
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None

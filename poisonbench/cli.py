@@ -1,0 +1,303 @@
+"""The verbs of the command line.
+
+JAX takes seconds to import, so nothing here imports it before a verb needs it: `--help` answers at
+once. Results go to standard output, progress and remarks to standard error. Bad input is one line
+and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from poisonbench.errors import UserError
+
+app = typer.Typer(
+    name="poisonbench",
+    help="How much test accuracy can an attacker take by changing a small part of a training set?",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+AttackOption = Annotated[str, typer.Option(help="Attack to craft with; see `poisonbench list`.")]
+TrackOption = Annotated[
+    str | None, typer.Option(help="Preset of data, budget and victims. [default: by data set]")
+]
+DatasetOption = Annotated[str | None, typer.Option(help="`digits` or `tfds:<name>`.")]
+DataDirOption = Annotated[str | None, typer.Option(help="TFDS data directory. [default: TFDS's own]")]
+TrainSizeOption = Annotated[int | None, typer.Option(min=1, help="Training images.")]
+ValSizeOption = Annotated[int | None, typer.Option(min=1, help="Validation images.")]
+TestSizeOption = Annotated[int | None, typer.Option(min=1, help="Test images.")]
+ResolutionOption = Annotated[
+    int | None, typer.Option(min=1, help="Side of the images, by area averaging.")
+]
+SplitSeedOption = Annotated[
+    int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the data split.")
+]
+FractionOption = Annotated[
+    float | None, typer.Option(help="Share of the training set that may be poisoned.")
+]
+LabelsOption = Annotated[str | None, typer.Option(help="`fixed` or `free`.")]
+RadiusOption = Annotated[
+    int | None, typer.Option(help="Largest change of a pixel, in 8-bit levels. [default: any]")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override a recipe: `width=32` for all, `smooth.width=32` for one. Repeatable.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the attack.")]
+SeedsOption = Annotated[int | None, typer.Option(help="Evaluation seeds per recipe, at least 2.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for runs.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command(context_settings=EXTRA)
+def run(
+    context: typer.Context,
+    attack: AttackOption = "mgd",
+    track: TrackOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    train_size: TrainSizeOption = None,
+    val_size: ValSizeOption = None,
+    test_size: TestSizeOption = None,
+    resolution: ResolutionOption = None,
+    split_seed: SplitSeedOption = None,
+    fraction: FractionOption = None,
+    labels: LabelsOption = None,
+    radius: RadiusOption = None,
+    set_: SetOption = None,
+    seed: SeedOption = 0,
+    seeds: SeedsOption = None,
+    out: OutOption = Path("runs"),
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Craft a poison, retrain victims on it, and say how much accuracy they lost.
+
+    Options not listed here are the attack's own, e.g. `--attack mgd --steps 100`.
+    """
+    from poisonbench import runs
+
+    request = _request(locals())
+    finished = runs.run(request, out, fresh=fresh)
+    _show(finished, as_json)
+
+
+@app.command(context_settings=EXTRA)
+def craft(
+    context: typer.Context,
+    attack: AttackOption = "mgd",
+    track: TrackOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    train_size: TrainSizeOption = None,
+    val_size: ValSizeOption = None,
+    test_size: TestSizeOption = None,
+    resolution: ResolutionOption = None,
+    split_seed: SplitSeedOption = None,
+    fraction: FractionOption = None,
+    labels: LabelsOption = None,
+    radius: RadiusOption = None,
+    set_: SetOption = None,
+    seed: SeedOption = 0,
+    out: OutOption = Path("runs"),
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Craft a poison file only; prints its path."""
+    from poisonbench import runs
+
+    request = _request({**locals(), "seeds": None})
+    crafted = runs.craft(request, out, fresh=fresh)
+    if as_json:
+        print(json.dumps({"poison": str(crafted.path), "hash": crafted.poison.hash}))
+    else:
+        print(crafted.path)
+
+
+@app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="Poison file to score.")],
+    track: TrackOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    train_size: TrainSizeOption = None,
+    val_size: ValSizeOption = None,
+    test_size: TestSizeOption = None,
+    resolution: ResolutionOption = None,
+    split_seed: SplitSeedOption = None,
+    set_: SetOption = None,
+    seeds: SeedsOption = None,
+    name: Annotated[
+        str | None, typer.Option(help="Whose poison it is. [default: the file's name]")
+    ] = None,
+    out: OutOption = Path("runs"),
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Retrain victims on a poison file and say how much accuracy they lost."""
+    from poisonbench import runs
+
+    setting = {**locals(), "fraction": None, "labels": None, "radius": None}
+    finished = runs.evaluate(file, _setting(setting), name or file.stem, _command(), out, fresh=fresh)
+    _show(finished, as_json)
+
+
+@app.command("list")
+def list_(as_json: JsonOption = False) -> None:
+    """Attacks, defences, data sets and tracks, with a line each."""
+    from poisonbench import attacks, defenses
+    from poisonbench.data import DATASETS
+    from poisonbench.tracks import TRACKS
+
+    known = {
+        "attacks": {name: attacks.summary(name) for name in attacks.names()},
+        "defenses": {name: defenses.summary(name) for name in defenses.names()},
+        "datasets": DATASETS,
+        "tracks": {name: track.summary for name, track in TRACKS.items()},
+    }
+    if as_json:
+        print(json.dumps(known, indent=1))
+        return
+    width = max(len(name) for group in known.values() for name in group) + 2
+    for kind, group in known.items():
+        print(kind)
+        for name, summary in group.items():
+            print(f"  {name:{width}}{summary}")
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A finished run, e.g. runs/digits/mgd-….")],
+    results: Annotated[Path, typer.Option(help="Where committed records live.")] = Path("results"),
+) -> None:
+    """Put a finished run under `results/`, where the leaderboard finds it."""
+    from poisonbench import runs
+
+    print(runs.publish(folder, results))
+
+
+@app.command()
+def leaderboard(
+    results: Annotated[Path, typer.Option(help="Where the records are.")] = Path("results"),
+    readme: Annotated[
+        Path | None, typer.Option(help="A page whose marked part gets the tables too.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; fail if a table is out of date.")
+    ] = False,
+) -> None:
+    """Make all tables anew from the records: the same records give the same bytes."""
+    import importlib
+
+    if not results.is_dir():
+        raise UserError(f"--results {results} is not a folder: run this in a checkout, or name it")
+    tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
+    if readme is None and Path("README.md").is_file() and results == Path("results"):
+        readme = Path("README.md")
+    changed = tables.update(results, readme, check)
+    for path in changed:
+        print(path)
+    if check and changed:
+        print(
+            "error: these are not what the records give: run `poisonbench leaderboard`", file=sys.stderr
+        )
+        raise typer.Exit(1)
+
+
+def _request(given: dict[str, Any]) -> Any:
+    from poisonbench import attacks, runs
+
+    setting = _setting(given)
+    context: typer.Context = given["context"]
+    name: str = given["attack"]
+    options = dict(setting.track.attack_options.get(name, {})) | dict(_pairs(context))
+    own = [option for parameter in context.command.params for option in parameter.opts]
+    attack = attacks.build(name, list(options.items()), also_known=own)
+    return runs.Request(setting, name, attack, given["seed"], _command())
+
+
+def _command() -> str:
+    """What was typed, for the record; where data lies on this machine is nobody else's business."""
+    words = list(sys.argv[1:])
+    for i, word in enumerate(words):
+        if word.startswith("--data-dir="):
+            words[i] = "--data-dir=DIR"
+        elif word == "--data-dir" and i + 1 < len(words):
+            words[i + 1] = "DIR"
+    return "poisonbench " + shlex.join(words)
+
+
+def _setting(given: dict[str, Any]) -> Any:
+    from poisonbench import setting
+
+    return setting.resolve(
+        track=given["track"],
+        dataset=given["dataset"],
+        data_dir=given["data_dir"],
+        sizes={
+            name: given[name]
+            for name in ("train_size", "val_size", "test_size", "resolution", "split_seed")
+        },
+        fraction=given["fraction"],
+        labels=given["labels"],
+        radius=given["radius"],
+        overrides=given["set_"] or [],
+        seeds=given["seeds"],
+    )
+
+
+def _pairs(context: typer.Context) -> list[tuple[str, str]]:
+    """Options that the verb does not know, for the attack to read: `--name value` or `--name=value`."""
+    words, pairs = list(context.args), []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"unexpected '{word}': options of an attack are written --name value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else ""
+        pairs.append((name, value))
+    return pairs
+
+
+def _show(finished: Any, as_json: bool) -> None:
+    if as_json:
+        print(finished.record.model_dump_json(indent=1))
+        return
+    from poisonbench import report
+
+    report.show(finished.record, finished.folder)
+
+
+def main() -> NoReturn:
+    """Run the command line; bad input is one line on standard error and exit code 2."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    try:
+        # Outside standalone mode the parser returns the code of `typer.Exit` instead of raising it.
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except (UserError, TyperException) as error:
+        text = error.format_message() if isinstance(error, TyperException) else str(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:  # which the parser also makes of a KeyboardInterrupt itself
+        print("interrupted; the same command continues where it was", file=sys.stderr)
+    sys.exit(code)

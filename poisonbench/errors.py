@@ -1,0 +1,28 @@
+"""The one kind of error that a user can cause and mend.
+
+The command line prints a `UserError` as a single line and exits with code 2. Everything else
+is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message says what is wrong and what to do about it, in one line."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not there, with the nearest ones that are.
+
+    Args:
+        kind: what the name should have named, as in "attack".
+        name: what was asked for.
+        known: every name that would have worked.
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    return UserError(f"no {kind} called '{name}'; {hint}")

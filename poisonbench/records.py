@@ -1,0 +1,259 @@
+"""What a run leaves behind: one JSON file that proves itself.
+
+Records are append-only. A wrong one is marked by `status`, with the reason, and never deleted.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from poisonbench import __version__
+from poisonbench._files import write_text
+from poisonbench.data import DataSpec
+from poisonbench.errors import UserError
+from poisonbench.statistics import Interval, mean_interval, paired_drop
+from poisonbench.threat import Budget
+
+SCHEMA_VERSION: Literal[1] = 1
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+
+
+# Names become folders and rows of tables, and a record may come from anybody.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(values, allow_nan=False)  # raises ValueError for what a record may not hold
+    return values
+
+
+Config = Annotated[dict[str, Any], AfterValidator(_finite)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class VictimScores(_Frozen):
+    """Every seed's accuracy on one recipe, in percent, clean and poisoned in pairs.
+
+    Attributes:
+        recipe_name: `smooth`, `standard`, or whatever the run called it.
+        recipe: every number of it.
+        seeds: which evaluation seeds; the lists below follow their order.
+        clean, poisoned: final test accuracy.
+        clean_best, poisoned_best: test accuracy after the best epoch.
+    """
+
+    recipe_name: Name
+    recipe: Config
+    seeds: list[int] = Field(min_length=2)
+    clean: list[Percent]
+    poisoned: list[Percent]
+    clean_best: list[Percent]
+    poisoned_best: list[Percent]
+
+    @model_validator(mode="after")
+    def _paired(self) -> VictimScores:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("a seed is repeated, which would narrow the interval")
+        for scores in (self.clean, self.poisoned, self.clean_best, self.poisoned_best):
+            if len(scores) != len(self.seeds):
+                raise ValueError("every seed needs one accuracy in each list")
+        return self
+
+    @property
+    def drop(self) -> Interval:
+        """Accuracy lost after the last epoch, in points."""
+        return paired_drop(self.clean, self.poisoned)
+
+    @property
+    def best_drop(self) -> Interval:
+        """Accuracy lost between the best epochs, in points."""
+        return paired_drop(self.clean_best, self.poisoned_best)
+
+    @property
+    def clean_accuracy(self) -> Interval:
+        """Final accuracy of clean victims, in percent."""
+        return mean_interval(self.clean)
+
+    @property
+    def poisoned_accuracy(self) -> Interval:
+        """Final accuracy of poisoned victims, in percent."""
+        return mean_interval(self.poisoned)
+
+
+class Hardware(_Frozen):
+    """Where it ran."""
+
+    system: str
+    processor: str
+    cores: int
+    device: str
+
+
+class Record(_Frozen):
+    """One attack under one defence, measured.
+
+    Attributes:
+        track: the preset that it ran under.
+        custom: what was overridden in the preset, if anything; such records are never ranked
+            with the preset's own.
+        attack, attack_config, attack_seed: what crafted the poison, whole.
+        defense: what the victims were defended by.
+        dataset, hashes: the data, and the content hash of each split.
+        budget, num_train, num_poison: what could be changed, and how much was.
+        surrogate: the recipe that the attack was crafted against, by name.
+        victims: scores, recipe by recipe.
+        poison_hash: content hash of the poison file.
+        crafting_seconds, evaluation_seconds: wall time on `hardware`.
+        command: what reproduces it.
+        code: version of poisonbench; the git commit and whether the tree was dirty, where known.
+        status: `valid`, or `invalid` with the reason in `remark`.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    track: Name
+    custom: list[str] = []
+    attack: Name
+    attack_config: Config
+    attack_seed: int
+    defense: Name = "none"
+    dataset: DataSpec
+    hashes: dict[Literal["train", "val", "test"], Hash] = Field(min_length=3)
+    budget: Budget
+    num_train: int = Field(ge=1)
+    num_poison: int = Field(ge=0)
+    surrogate: str
+    victims: list[VictimScores] = Field(min_length=1)
+    poison_hash: Hash
+    crafting_seconds: Seconds | None
+    evaluation_seconds: Seconds
+    created: AwareDatetime
+    command: str
+    code: dict[str, str | bool | None]
+    libraries: dict[str, str]
+    hardware: Hardware
+    status: Literal["valid", "invalid"] = "valid"
+    remark: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Record:
+        names = [victim.recipe_name for victim in self.victims]
+        if len(set(names)) != len(names):
+            raise ValueError("a recipe is scored twice")
+        if self.surrogate not in names:
+            raise ValueError(f"no scores on the surrogate recipe {self.surrogate}")
+        if self.num_poison > self.budget.count(self.num_train):
+            raise ValueError("more images are poisoned than the budget allows")
+        if self.status == "invalid" and not self.remark:
+            raise ValueError("an invalid record needs a remark that says why")
+        return self
+
+    def victim(self, name: str) -> VictimScores | None:
+        """The scores on the recipe of that name, if it was measured."""
+        return next((v for v in self.victims if v.recipe_name == name), None)
+
+    def save(self, path: Path) -> None:
+        """Write the record, whole or not at all."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Record:
+        """Read a record that anybody may have written.
+
+        Raises:
+            UserError: it cannot be read, or is not a record.
+        """
+        try:
+            return Record.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "file"
+            what = " ".join(f"{where}: {problem['msg']}".split())
+            raise UserError(f"{path} is not a valid record ({what})") from None
+
+
+def find(folder: Path) -> list[tuple[Path, Record]]:
+    """Every record below a folder, in order of path; hidden folders are work in progress.
+
+    Raises:
+        UserError: one of them is not valid.
+    """
+    paths = sorted(folder.rglob("record.json"))
+    shown = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return [(path, Record.load(path)) for path in shown]
+
+
+def now() -> datetime:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def code_version() -> dict[str, str | bool | None]:
+    """Version, and commit and dirty flag where this runs from a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    dirty = None if commit is None else bool(_git(root, "status", "--porcelain"))
+    return {"version": __version__, "commit": commit, "dirty": dirty}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), **versions}
+
+
+def hardware() -> Hardware:
+    """This machine, as JAX sees it."""
+    import os
+
+    import jax
+
+    processor = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass  # not Linux: the general name will do
+    device = jax.devices()[0]
+    return Hardware(
+        system=f"{platform.system()} {platform.machine()}",
+        processor=processor,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        device=f"{device.platform}: {device.device_kind}",
+    )
+
+
+def _git(root: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

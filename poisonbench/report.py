@@ -1,0 +1,39 @@
+"""A run's result on standard output: one table, and what was written where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from poisonbench.records import Record
+
+
+def show(record: Record, folder: Path) -> None:
+    """Print the record's table and the paths of its files."""
+    console = Console(highlight=False)
+    count = len(record.victims[0].seeds)
+    what = f"{record.num_poison} of {record.num_train} training images"
+    game = f"{record.budget.labels} labels, {record.budget.pixels}"
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{escape(record.attack)} on {record.track}: {what}, {game}",
+        caption=f"Means over {count} paired seeds with 95 % intervals; accuracy in %, drops in points.",
+    )
+    table.add_column("victim", no_wrap=True)
+    for column in ("clean", "poisoned", "drop", "best-epoch drop"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for victim in record.victims:
+        table.add_row(
+            victim.recipe_name, str(victim.clean_accuracy), str(victim.poisoned_accuracy),
+            str(victim.drop), str(victim.best_drop),
+        )  # fmt: skip
+    console.print(table)
+    if record.custom:
+        console.print(f"custom, not ranked with the track: {escape(', '.join(record.custom))}")
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and "checkpoint" not in path.name:
+            console.print(escape(str(path)), soft_wrap=True)

@@ -1,0 +1,294 @@
+"""A run, from what was asked to what it leaves behind, continued wherever it was stopped.
+
+Everything of a run lies in one folder, `runs/<track>/<attack>-<identity>/`, whose name follows from
+what was asked for. The same command finds the same folder and goes on from what is there:
+checkpoint, poison file, finished victims, record.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poisonbench import __version__, attacks, compute, data, harness, records
+from poisonbench._files import content_hash, replacing, require_writable, write_text
+from poisonbench.errors import UserError
+from poisonbench.journal import Journal, LogRow
+from poisonbench.records import Record
+from poisonbench.setting import Setting
+from poisonbench.threat import PoisonSet
+
+OURS = ("*.safetensors", "*.json", "*.png", "*.csv")
+PUBLISHED = ("record.json", "poison.safetensors", "[!.]*.png", "[!.]*.csv")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run.
+
+    Attributes:
+        setting: data, game and victims.
+        name: the attack's name.
+        attack: the attack with its hyperparameters.
+        seed: of the attack.
+        command: what the user typed.
+    """
+
+    setting: Setting
+    name: str
+    attack: attacks.Attack
+    seed: int
+    command: str
+
+    def identity(self, dataset: data.Dataset) -> str:
+        """Short hash of all that decides the poison, the code that crafts it included."""
+        source = Path(inspect.getfile(type(self.attack))).read_text("utf-8")
+        config = attacks.config(self.attack)
+        rest = {"config": config, "seed": self.seed, "source": source, "library": _crafting_sources()}
+        return _identity(self.setting, dataset, rest)
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """A poison file, as read back, and what crafting it took.
+
+    Attributes:
+        path: the file.
+        poison: what it holds.
+        seconds: crafting time.
+        log: what the attack measured on its way.
+    """
+
+    path: Path
+    poison: PoisonSet
+    seconds: float
+    log: list[LogRow]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A record, and the folder that it and its pictures lie in."""
+
+    record: Record
+    folder: Path
+
+
+def craft(request: Request, out: Path, *, fresh: bool = False) -> Crafted:
+    """Craft a poison and store it, or find the one that is there.
+
+    Raises:
+        UserError: the budget does not suit the attack or the data, or nothing can be written.
+    """
+    dataset, folder = _prepare(request, out, fresh)
+    return _craft(request, dataset, folder)
+
+
+def run(request: Request, out: Path, *, fresh: bool = False) -> Finished:
+    """Craft, retrain victims in pairs, and write the record and its pictures.
+
+    Raises:
+        UserError: as `craft`.
+    """
+    dataset, folder = _prepare(request, out, fresh)
+    crafted = _craft(request, dataset, folder)
+    about = {
+        "attack": request.name,
+        "attack_config": attacks.config(request.attack),
+        "attack_seed": request.seed,
+        "crafting_seconds": round(crafted.seconds, 1),
+        "command": request.command,
+    }
+    return _measure(request.setting, dataset, crafted, folder, about, reuse=not fresh)
+
+
+def evaluate(
+    file: Path, setting: Setting, name: str, command: str, out: Path, *, fresh: bool = False
+) -> Finished:
+    """Retrain victims on a poison file that may come from anybody.
+
+    Raises:
+        UserError: the file is not valid, breaks its budget, or is for other data.
+    """
+    poison = PoisonSet.load(file)
+    if not re.match(records.NAME, name):
+        raise UserError(
+            f"--name {name[:80]!r}: use up to 64 letters, digits, '-' and '_', a letter or digit first"
+        )
+    dataset = _load(setting)
+    poison.check(dataset.train_images, dataset.train_labels, dataset.num_classes)
+    folder = out / setting.track.name / f"{name}-{_identity(setting, dataset, {'poison': poison.hash})}"
+    _open(folder, fresh)
+    kept = folder / "poison.safetensors"
+    poison.save(kept)
+    crafted = Crafted(kept, PoisonSet.load(kept), 0.0, [])
+    about = {
+        "attack": name, "attack_config": {}, "attack_seed": 0, "crafting_seconds": None,
+        "command": command,
+    }  # fmt: skip
+    return _measure(setting, dataset, crafted, folder, about, reuse=not fresh)
+
+
+def publish(folder: Path, results: Path) -> Path:
+    """Copy a finished run to where committed records live: `<track>/<attack>/<defence>/<run>`.
+
+    Raises:
+        UserError: the run is not finished, or is there already: records are never overwritten.
+    """
+    record = Record.load(folder / "record.json")
+    if PoisonSet.load(folder / "poison.safetensors").hash != record.poison_hash:
+        raise UserError(f"{folder} holds another poison than its record scored: run it again")
+    target = results / record.track / record.attack / record.defense / folder.resolve().name
+    if target.exists():
+        raise UserError(f"{target} is there already, and records are never overwritten")
+    require_writable(target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for pattern in PUBLISHED:
+        for path in sorted(folder.glob(pattern)):
+            shutil.copyfile(path, partial / path.name)
+    partial.rename(target)
+    return target
+
+
+def _prepare(request: Request, out: Path, fresh: bool) -> tuple[data.Dataset, Path]:
+    """Everything that can be refused is refused here, before anything is written."""
+    setting = request.setting
+    request.attack.require(setting.budget)
+    dataset = _load(setting)
+    setting.budget.count(len(dataset.train_labels))
+    folder = out / setting.track.name / f"{request.name}-{request.identity(dataset)}"
+    _open(folder, fresh)
+    return dataset, folder
+
+
+def _load(setting: Setting) -> data.Dataset:
+    """The data, once it is sure that every victim can be trained on it."""
+    import jax
+    import jax.numpy as jnp
+
+    from poisonbench.victim.resnet9 import architecture
+    from poisonbench.victim.training import make_optimizer
+
+    compute.setup()
+    dataset = data.load(setting.dataset, setting.data_dir)
+    height, width, channels = dataset.train_images.shape[1:]
+    for recipe in setting.recipes.values():
+        architecture(recipe, (height, width, channels), dataset.num_classes)
+        optimizer = make_optimizer(recipe, recipe.num_steps(len(dataset.train_labels)))
+        try:
+            jax.eval_shape(lambda w, o=optimizer: o.update(w, o.init(w), w), {"w": jnp.zeros((2, 2))})
+        except Exception as error:  # whatever an optimizer with other needs raises
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"optimizer {recipe.optimizer} cannot train a victim: {why}") from None
+    return dataset
+
+
+def _crafting_sources() -> str:
+    """The library's code that decides a poison."""
+    root = Path(__file__).parent
+    names = ("compute.py", "data.py", "flips.py", "threat.py", "metagradient/*.py", "victim/*.py")
+    return "".join(path.read_text("utf-8") for name in names for path in sorted(root.glob(name)))
+
+
+def _open(folder: Path, fresh: bool) -> None:
+    require_writable(folder)
+    if not fresh:
+        return
+    # The record goes first: a run is finished where its record is there.
+    (folder / "record.json").unlink(missing_ok=True)
+    for path in [path for pattern in OURS for path in folder.glob(pattern)]:
+        if ".corrupt-" not in path.name:
+            path.unlink()
+
+
+def _craft(request: Request, dataset: data.Dataset, folder: Path) -> Crafted:
+    path, about = folder / "poison.safetensors", folder / "crafting.json"
+    if not (path.exists() and about.exists()):
+        task = attacks.Task.of(dataset, request.setting.budget, request.setting.surrogate)
+        journal = Journal(folder)
+        poison = request.attack.craft(task, harness.crafting_key(request.seed), journal)
+        poison.check(dataset.train_images, dataset.train_labels, dataset.num_classes)
+        write_text(about, json.dumps({"seconds": journal.seconds, "log": journal.rows}, indent=1))
+        poison.save(path)
+    stored = json.loads(about.read_text("utf-8"))
+    return Crafted(path, PoisonSet.load(path), float(stored["seconds"]), stored["log"])
+
+
+def _measure(
+    setting: Setting,
+    dataset: data.Dataset,
+    crafted: Crafted,
+    folder: Path,
+    about: dict[str, Any],
+    *,
+    reuse: bool,
+) -> Finished:
+    path = folder / "record.json"
+    if path.exists():
+        record = Record.load(path)
+        same_seeds = all(tuple(v.seeds) == setting.seeds for v in record.victims)
+        if same_seeds and record.poison_hash == crafted.poison.hash:
+            return Finished(record, folder)
+        path.unlink()
+    done = harness.evaluate(
+        dataset,
+        crafted.poison,
+        setting.recipes,
+        setting.seeds,
+        folder.parent / "victims",
+        reuse=reuse,
+    )
+    record = Record(
+        track=setting.track.name, custom=list(setting.custom), **about,
+        dataset=setting.dataset, hashes=dataset.hashes(), budget=crafted.poison.budget,
+        num_train=len(dataset.train_labels), num_poison=len(crafted.poison),
+        surrogate=setting.track.surrogate, victims=done.victims,
+        poison_hash=crafted.poison.hash, evaluation_seconds=round(done.seconds, 1),
+        created=records.now(), code=records.code_version(),
+        libraries=records.library_versions(), hardware=records.hardware(),
+    )  # fmt: skip
+    _write_tables(record, crafted, folder)
+    from poisonbench import pictures
+
+    pictures.write(record, crafted.poison, crafted.log, dataset, folder)
+    record.save(path)  # last: a run is finished where its record is there
+    return Finished(record, folder)
+
+
+def _write_tables(record: Record, crafted: Crafted, folder: Path) -> None:
+    import pandas as pd
+
+    accuracies = pd.DataFrame(
+        {
+            "recipe": victim.recipe_name, "seed": victim.seeds,
+            "clean": victim.clean, "poisoned": victim.poisoned,
+            "clean_best": victim.clean_best, "poisoned_best": victim.poisoned_best,
+        }
+        for victim in record.victims
+    ).explode(["seed", "clean", "poisoned", "clean_best", "poisoned_best"])  # fmt: skip
+    for name, table in (("accuracies", accuracies), ("crafting", pd.DataFrame(crafted.log))):
+        if len(table):
+            with replacing(folder / f"{name}.csv") as temporary:
+                table.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def _identity(setting: Setting, dataset: data.Dataset, rest: dict[str, Any]) -> str:
+    everything = {
+        "version": __version__,
+        "data": dataset.hashes(),
+        "dataset": setting.dataset.model_dump(),
+        "budget": setting.budget.model_dump(),
+        "recipes": {name: recipe.as_dict() for name, recipe in setting.recipes.items()},
+        **rest,
+    }
+    text = json.dumps(everything, sort_keys=True).encode()
+    return content_hash(np.frombuffer(text, np.uint8))[:8]

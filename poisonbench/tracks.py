@@ -1,0 +1,97 @@
+"""Frozen presets: data, budget, victims and seeds, each with its cost and expected result.
+
+Numbers are comparable only within a track and a game (fraction, labels, pixels). `--labels`,
+`--fraction` and `--radius` choose the game; anything else that is overridden makes a record custom,
+and custom records are never ranked with the track's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from poisonbench.data import DataSpec
+from poisonbench.errors import unknown_name
+from poisonbench.threat import Budget
+from poisonbench.victim.recipe import SMOOTH, STANDARD, Recipe
+
+
+@dataclass(frozen=True)
+class Track:
+    """A preset.
+
+    Attributes:
+        name: as in `--track`.
+        summary: what it is, its cost and what to expect, in a line.
+        dataset: data, sizes and split.
+        budget: the default game.
+        recipes: the victims, by name.
+        surrogate: the recipe that attacks are crafted against.
+        seeds: evaluation seeds per recipe, clean and poisoned each.
+        attack_options: hyperparameters of attacks that this track sets, as typed.
+    """
+
+    name: str
+    summary: str
+    dataset: DataSpec
+    budget: Budget
+    recipes: Mapping[str, Recipe]
+    surrogate: str = "smooth"
+    seeds: int = 10
+    attack_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+DIGITS = Track(
+    name="digits",
+    summary="500 digits of 8×8, ResNet-9 of width 16; minutes on two cores; clean about 99 %",
+    dataset=DataSpec(name="digits", train_size=500, val_size=697, test_size=600),
+    budget=Budget(fraction=0.025),
+    recipes=MappingProxyType(
+        {
+            "smooth": SMOOTH.replace(
+                width=16,
+                epochs=12,
+                batch_size=100,
+                learning_rate=0.2,
+                optimizer_options=(("momentum", 0.9),),
+            ),
+            "standard": STANDARD.replace(width=16, epochs=12, batch_size=100, learning_rate=0.1),
+        }
+    ),
+)
+
+CIFAR10_SMALL = Track(
+    name="cifar10-small",
+    summary="4,000 CIFAR-10 images at 16×16, ResNet-9 of width 16; about an hour on two cores",
+    dataset=DataSpec(name="tfds:cifar10", train_size=4000, val_size=1000, test_size=2000, resolution=16),
+    budget=Budget(fraction=0.025),
+    recipes=MappingProxyType(
+        {
+            "smooth": SMOOTH.replace(width=16, epochs=8, learning_rate=0.3),
+            "standard": STANDARD.replace(width=16, epochs=8, batch_size=250, learning_rate=0.1),
+        }
+    ),
+    attack_options=MappingProxyType(
+        {"mgd": {"steps": "24", "start-seeds": "2", "check-every": "8", "check-seeds": "3"}}
+    ),
+)
+
+TRACKS: Mapping[str, Track] = MappingProxyType({t.name: t for t in (DIGITS, CIFAR10_SMALL)})
+
+
+def load(name: str) -> Track:
+    """The track of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in TRACKS:
+        raise unknown_name("track", name, TRACKS)
+    return TRACKS[name]
+
+
+def for_dataset(dataset: str) -> Track:
+    """The track to start from for a data set: its own, or the small one with the data replaced."""
+    own = [track for track in TRACKS.values() if track.dataset.name == dataset]
+    return own[0] if own else CIFAR10_SMALL

@@ -1,0 +1,116 @@
+"""What a trained victim is worth: the attacker's objective and the harness's score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key
+
+from poisonbench.victim.recipe import Recipe
+from poisonbench.victim.training import Poison, TrainingRun, TrainingSet, TrainState, logits
+
+Goal = Literal["cross_entropy", "error"]
+CHUNK = 500
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ValidationLoss:
+    """How badly trained victims do on held-out images; a pytree, callable on a `TrainState`.
+
+    Attributes:
+        recipe: the victims'.
+        num_classes: how many labels there are.
+        goal: `cross_entropy` in nats, or `error`, the expected share of wrong answers, which
+            saturates where an answer is already wrong.
+        images: `[m, height, width, channels]`, uint8.
+        labels: `[m]`, int32.
+    """
+
+    recipe: Recipe = field(metadata={"static": True})
+    num_classes: int = field(metadata={"static": True})
+    goal: Goal = field(metadata={"static": True})
+    images: Array
+    labels: Array
+
+    def __call__(self, state: TrainState) -> Float[Array, ""]:
+        """Mean over the victims and images."""
+        return self.per_seed(state).mean()
+
+    def per_seed(self, state: TrainState) -> Float[Array, " seeds"]:
+        """Mean over the images, for each victim."""
+
+        def one_seed(state: TrainState) -> Array:
+            said = _chunked_logits(self.recipe, self.num_classes, state, self.images)
+            if self.goal == "error":
+                right = jnp.take_along_axis(jax.nn.softmax(said), self.labels[:, None], axis=1)
+                return 1 - right.mean()
+            return optax.softmax_cross_entropy_with_integer_labels(said, self.labels).mean()
+
+        return jax.vmap(one_seed)(state)
+
+
+def train_and_score(
+    recipe: Recipe,
+    data: TrainingSet,
+    keys: Key[Array, " seeds"],
+    images: np.ndarray,
+    labels: np.ndarray,
+) -> Float[np.ndarray, "seeds epochs"]:
+    """Train a victim for each key, and score it on these images after every epoch.
+
+    Args:
+        recipe: the victims'.
+        data: what they train on, poison applied.
+        keys: `[seeds]`; equal keys share initialisation, order and augmentation.
+        images: `[m, height, width, channels]`, uint8.
+        labels: `[m]`, int32.
+
+    Returns:
+        Accuracies in percent, float64.
+    """
+    run, state = TrainingRun.start(recipe, data, keys)
+    right = _train_and_score(run, state, jnp.asarray(images), jnp.asarray(labels))
+    return np.asarray(right, np.float64) / len(labels) * 100
+
+
+@jax.jit
+def train(run: TrainingRun, state: TrainState, z: Array | Poison) -> TrainState:
+    """All steps of a run: the final state of each seed."""
+    return jax.lax.fori_loop(0, run.num_steps, lambda t, s: run(s, t, z), state)
+
+
+@jax.jit
+def _train_and_score(run: TrainingRun, state: TrainState, images: Array, labels: Array) -> Array:
+    """How many images each victim gets right after each epoch, `[seeds, epochs]`, int32."""
+    per_epoch = run.num_steps // run.recipe.epochs
+    nothing = jnp.zeros((0, *images.shape[1:]))
+
+    def one_epoch(state: TrainState, epoch: Array) -> tuple[TrainState, Array]:
+        first = epoch * per_epoch
+        state = jax.lax.fori_loop(first, first + per_epoch, lambda t, s: run(s, t, nothing), state)
+        return state, jax.vmap(correct)(state)
+
+    def correct(state: TrainState) -> Array:
+        said = _chunked_logits(run.recipe, run.data.num_classes, state, images)
+        return (said.argmax(-1) == labels).sum()
+
+    _, right = jax.lax.scan(one_epoch, state, jnp.arange(run.recipe.epochs))
+    return right.T
+
+
+def _chunked_logits(
+    recipe: Recipe, num_classes: int, state: TrainState, images: Array
+) -> Float[Array, "m classes"]:
+    # In chunks, since patches of a whole test set would not fit in memory.
+    def one(image: Array) -> Array:
+        return logits(recipe, num_classes, state, image[None].astype(jnp.float32) / 255)[0]
+
+    if len(images) <= CHUNK:
+        return logits(recipe, num_classes, state, images.astype(jnp.float32) / 255)
+    return jax.lax.map(one, images, batch_size=CHUNK)

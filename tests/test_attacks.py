@@ -1,0 +1,188 @@
+"""Every attack keeps the rules: one suite over `attacks.names()`, with no special case by name.
+
+Claims tested for each attack, under every game it accepts:
+
+- the poison stays within its budget, at the stored 8 bits, and is for the data it was made for;
+- the same key gives the same poison, byte for byte; nothing outside the task is needed;
+- it survives being saved and loaded unchanged;
+- the attacker's view is read-only, and holds neither test images nor evaluation seeds;
+- it can be interrupted at any checkpoint and ends with the same bytes.
+
+The problem is tiny: 40 images of 8×8, a ResNet-9 of width 2, one epoch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from poisonbench import attacks, harness
+from poisonbench._plugins import options
+from poisonbench.attacks import Attack, Task
+from poisonbench.data import Dataset, DataSpec, load
+from poisonbench.errors import UserError
+from poisonbench.journal import Journal, LogRow
+from poisonbench.threat import Box, Budget, LInf, PoisonSet
+from poisonbench.tracks import DIGITS
+
+GAMES = [
+    Budget(fraction=0.1),
+    Budget(fraction=0.1, labels="free"),
+    Budget(fraction=0.1, labels="free", pixels=LInf(radius=8)),
+    Budget(fraction=0.1, pixels=LInf(radius=8)),
+]
+CHEAP = {"steps": "3", "check_every": "2", "check_seeds": "2", "start_seeds": "2", "candidates": "2"}
+"""Values for options of these names, wherever an attack has one, so that the suite is quick."""
+
+
+class StoppedError(Exception):
+    """What stands for a kill."""
+
+
+class Interrupting(Journal):
+    """A journal whose process is killed right after its n-th save."""
+
+    def __init__(self, folder: Path, saves: int) -> None:
+        super().__init__(folder)
+        self.left = saves
+
+    def save(self, arrays: dict[str, np.ndarray], row: LogRow | None = None) -> None:
+        super().save(arrays, row)
+        self.left -= 1
+        if self.left == 0:
+            raise StoppedError
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    rng = np.random.default_rng(0)
+
+    def split(size: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.arange(size, dtype=np.int32) % 4
+        images = rng.integers(0, 256, (size, 8, 8, 1)).astype(np.uint8) // 2
+        images[np.arange(size), labels * 2] += 100  # a bright row tells the class
+        return images, labels
+
+    spec = DataSpec(name="digits", val_size=20)
+    return Dataset(spec, *split(40), *split(20), *split(20), ("a", "b", "c", "d"))
+
+
+def task(dataset: Dataset, budget: Budget) -> Task:
+    recipe = DIGITS.recipes["smooth"].replace(width=2, epochs=1, batch_size=20)
+    return Task.of(dataset, budget, recipe)
+
+
+def built(name: str) -> Attack:
+    has = {field.name for field in options(attacks.load(name))}
+    cheap = [(option.replace("_", "-"), value) for option, value in CHEAP.items() if option in has]
+    return attacks.build(name, cheap)
+
+
+def accepted(name: str, budget: Budget) -> Attack:
+    attack = built(name)
+    try:
+        attack.require(budget)
+    except UserError as refusal:
+        pytest.skip(str(refusal))
+    return attack
+
+
+@pytest.fixture(params=attacks.names())
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("budget", GAMES, ids=lambda b: f"{b.labels}-{b.pixels.kind}")
+def test_within_budget_deterministic_and_storable(
+    name: str, budget: Budget, dataset: Dataset, tmp_path: Path
+) -> None:
+    attack = accepted(name, budget)
+    poison = attack.craft(task(dataset, budget), harness.crafting_key(3), Journal())
+    poison.save(tmp_path / "a.safetensors")
+    stored = PoisonSet.load(tmp_path / "a.safetensors")
+    stored.check(dataset.train_images, dataset.train_labels, dataset.num_classes)
+    assert stored.hash == poison.hash
+    assert stored.budget == budget
+
+    again = attack.craft(task(dataset, budget), harness.crafting_key(3), Journal())
+    again.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_every_attack_accepts_some_game(name: str) -> None:
+    def refuses(budget: Budget) -> bool:
+        try:
+            built(name).require(budget)
+        except UserError:
+            return True
+        return False
+
+    assert not all(refuses(budget) for budget in GAMES)
+
+
+def test_interrupted_anywhere_it_ends_with_the_same_bytes(
+    name: str, dataset: Dataset, tmp_path: Path
+) -> None:
+    budget = Budget(fraction=0.1, labels="free")
+    attack = accepted(name, budget)
+    key = harness.crafting_key(0)
+    whole = attack.craft(task(dataset, budget), key, Journal(tmp_path / "whole"))
+    for saves in range(1, 10):
+        folder = tmp_path / str(saves)
+        folder.mkdir()
+        try:
+            attack.craft(task(dataset, budget), key, Interrupting(folder, saves))
+        except StoppedError:
+            resumed = Journal(folder)
+            poison = attack.craft(task(dataset, budget), key, resumed)
+            assert poison.hash == whole.hash
+            assert len({row["metastep"] for row in resumed.rows}) == len(resumed.rows)
+        else:
+            break  # fewer checkpoints than that
+    else:
+        pytest.fail("the attack never ends")
+
+
+def test_the_view_of_an_attacker(dataset: Dataset) -> None:
+    view = task(dataset, GAMES[0])
+    for array in (view.train_images, view.train_labels, view.val_images, view.val_labels):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+    assert not any("test" in field or "seed" in field for field in vars(view))
+    assert not any(
+        np.array_equal(array, dataset.test_images)
+        for array in vars(view).values()
+        if isinstance(array, np.ndarray)
+    )
+
+
+def test_crafting_and_evaluation_keys_differ() -> None:
+    import jax
+
+    craft = {tuple(jax.random.key_data(harness.crafting_key(seed)).tolist()) for seed in range(50)}
+    judge = {tuple(jax.random.key_data(harness.evaluation_key(seed)).tolist()) for seed in range(50)}
+    assert len(craft) == len(judge) == 50
+    assert not craft & judge
+
+
+def test_bounds_of_the_box_are_the_whole_range(dataset: Dataset) -> None:
+    view = task(dataset, Budget(fraction=0.1, pixels=Box()))
+    low, high = view.bounds(np.arange(3))
+    assert (low == 0).all()
+    assert (high == 255).all()
+
+
+def test_mgd_climbs() -> None:
+    """Victims with seeds that no metastep used do worse on the poison than where it started."""
+    digits = load(DataSpec(name="digits", train_size=100, val_size=200, test_size=100))
+    learns = DIGITS.recipes["smooth"].replace(width=4, batch_size=25, epochs=8, norm_momentum=0.8)
+    typed = {"steps": "8", "step-size": "0.2", "check-every": "4", "start-seeds": "2"}
+    journal = Journal()
+    view = Task.of(digits, GAMES[0], learns)
+    attacks.build("mgd", list(typed.items())).craft(view, harness.crafting_key(0), journal)
+    held_out = [row["held_out_loss"] for row in journal.rows if "held_out_loss" in row]
+    assert held_out[0] < 2, "untrained victims are at log(10) = 2.3, and would prove nothing"
+    assert held_out[0] + 0.01 < held_out[1]
+    assert held_out[0] + 0.02 < held_out[2]

@@ -1,0 +1,419 @@
+"""A run leaves all of itself in one folder, goes on where it was killed, and is published once.
+
+Claims of `poisonbench.runs` tested here:
+
+- record, poison, tables and pictures lie in the run's folder; beside it only finished victims are
+  kept, for every attack of the track to share; nothing is written elsewhere;
+- the record holds everything that it promises, and what it says of the poison is what the file holds;
+- the same request finds its record and trains nothing; `fresh` does it all again, with the same bytes;
+  whatever decides the poison is in the folder's name, and what does not is not;
+- a process killed at any metastep and started again ends with the bytes of one that never was;
+- a second process with the same cache compiles nothing anew;
+- a poison file scored alone gives the accuracies of its run;
+- publishing copies a finished run, and never overwrites one.
+
+Runs are tiny: 100 digits, a ResNet-9 of width 2, one epoch, two seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from safetensors import safe_open
+
+import poisonbench
+from poisonbench import attacks, harness, runs, setting
+from poisonbench.errors import UserError
+from poisonbench.records import Record
+from poisonbench.runs import Finished, Request
+from poisonbench.threat import PoisonSet
+
+SIZES = {"train_size": 100, "val_size": 50, "test_size": 50}
+RECIPE = ["width=2", "epochs=1", "batch_size=50"]
+STEPS = 40  # enough to be killed among them, and quick
+
+
+def request(
+    name: str = "mgd", steps: int = 3, seed: int = 0, seeds: int = 2, labels: str = "fixed"
+) -> Request:
+    tiny = setting.resolve(
+        track=None, dataset=None, data_dir=None, sizes=SIZES, fraction=0.1, labels=labels,
+        radius=None, overrides=RECIPE, seeds=seeds,
+    )  # fmt: skip
+    cheap = {"start": "random", "check-seeds": "2", "check-every": "2", "steps": str(steps)}
+    attack = attacks.build(name, list(cheap.items()) if name == "mgd" else [])
+    return Request(tiny, name, attack, seed, "poisonbench run …")
+
+
+def words(name: str = "mgd", steps: int = 3, out: Path = Path("runs"), verb: str = "craft") -> list[str]:
+    """The command line of `request`."""
+    sizes = [w for size, n in SIZES.items() for w in (f"--{size.replace('_', '-')}", str(n))]
+    recipe = [word for override in RECIPE for word in ("--set", override)]
+    mgd = ["--start", "random", "--check-seeds", "2", "--check-every", "2", "--steps", str(steps)]
+    own = mgd if name == "mgd" else []
+    return [verb, "--attack", name, *sizes, "--fraction", "0.1", *recipe, *own, "--out", str(out)]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own, whether or not the package is installed."""
+    root = Path(poisonbench.__file__).parents[1]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-c", "from poisonbench.cli import main; main()", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    return out
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return runs.run(request(), tmp_path_factory.mktemp("finished") / "runs")
+
+
+def test_a_run_leaves_all_of_itself_in_its_folder(finished: Finished) -> None:
+    left = files(finished.folder)
+    assert set(left) == {
+        "record.json", "poison.safetensors", "checkpoint.safetensors", "crafting.json",
+        "accuracies.csv", "crafting.csv",
+        "accuracy.png", "crafting.png", "poisons.png", "summary.png",
+    }  # fmt: skip
+    for name, content in left.items():
+        if name.endswith(".png"):
+            assert content.startswith(b"\x89PNG\r\n\x1a\n")
+            assert content.endswith(b"IEND\xaeB`\x82")
+    assert re.fullmatch(r"mgd-[0-9a-f]{8}", finished.folder.name)
+
+
+def test_nothing_is_written_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    done = runs.run(request("none"), there)
+    assert list(here.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir() if path not in (here, there)] == []
+    assert [path.name for path in there.iterdir()] == ["digits"]
+    assert {path.name for path in done.folder.parent.iterdir()} == {done.folder.name, "victims"}
+    victims = list((done.folder.parent / "victims").iterdir())
+    assert len(victims) == 2  # one group for each recipe, since no poison means the same data twice
+    assert {path.suffix for path in victims} == {".json"}
+
+
+def test_the_tables_are_those_of_the_record(finished: Finished) -> None:
+    table = pd.read_csv(finished.folder / "accuracies.csv")
+    rows = [
+        (v.recipe_name, *scores)
+        for v in finished.record.victims
+        for scores in zip(v.seeds, v.clean, v.poisoned, v.clean_best, v.poisoned_best, strict=True)
+    ]
+    assert list(table.columns) == ["recipe", "seed", "clean", "poisoned", "clean_best", "poisoned_best"]
+    assert [tuple(row) for row in table.itertuples(index=False)] == rows
+    crafting = pd.read_csv(finished.folder / "crafting.csv")
+    assert crafting["metastep"].tolist() == [0, 1, 2, 3]
+    assert crafting["held_out_loss"].notna().tolist() == [True, False, True, True]
+
+
+def test_the_record_holds_what_it_promises(finished: Finished) -> None:
+    stored = json.loads((finished.folder / "record.json").read_text("utf-8"))
+    poison = PoisonSet.load(finished.folder / "poison.safetensors")
+    assert stored["schema_version"] == 1
+    assert (stored["track"], stored["attack"], stored["defense"]) == ("digits", "mgd", "none")
+    assert stored["attack_config"] == attacks.config(request().attack)
+    assert stored["attack_config"]["steps"] == 3
+    assert stored["attack_seed"] == 0
+    assert stored["custom"] == list(request().setting.custom) != []
+    assert stored["command"] == "poisonbench run …"
+    assert stored["poison_hash"] == poison.hash
+    assert stored["hashes"]["train"] == poison.train_hash
+    assert set(stored["hashes"]) == {"train", "val", "test"}
+    assert stored["num_poison"] == len(poison) == 10
+    assert stored["num_train"] == 100
+    assert stored["budget"] == poison.budget.model_dump()
+    assert stored["dataset"]["train_size"] == 100
+    for victim in stored["victims"]:
+        assert victim["seeds"] == [0, 1]
+        assert victim["recipe"] == request().setting.recipes[victim["recipe_name"]].as_dict()
+        for scores in ("clean", "poisoned", "clean_best", "poisoned_best"):
+            assert [type(score) for score in victim[scores]] == [float, float]
+    assert [victim["recipe_name"] for victim in stored["victims"]] == ["smooth", "standard"]
+    assert stored["surrogate"] == "smooth"
+    assert stored["code"]["version"] == poisonbench.__version__
+    assert {"commit", "dirty"} < set(stored["code"])
+    assert {"python", "jax", "jaxlib", "flax", "optax", "numpy"} <= set(stored["libraries"])
+    assert all(stored["hardware"].values())
+    crafting = json.loads((finished.folder / "crafting.json").read_text("utf-8"))
+    assert stored["crafting_seconds"] == round(crafting["seconds"], 1)
+    trained = (finished.folder.parent / "victims").iterdir()
+    seconds = sum(json.loads(path.read_text("utf-8"))["seconds"] for path in trained)
+    assert stored["evaluation_seconds"] == round(seconds, 1)
+    created = datetime.fromisoformat(stored["created"])
+    assert created.utcoffset() == UTC.utcoffset(None)
+    assert created <= datetime.now(UTC)
+
+
+def test_the_same_request_trains_nothing(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object, **options: object) -> Any:
+        raise AssertionError("it was done already")
+
+    before = files(finished.folder)
+    monkeypatch.setattr(harness, "evaluate", never)
+    monkeypatch.setattr(attacks.load("mgd"), "craft", never)
+    again = runs.run(request(), finished.folder.parents[1])
+    assert again == finished
+    crafted = runs.craft(request(), finished.folder.parents[1])
+    assert crafted.path == finished.folder / "poison.safetensors"
+    assert crafted.seconds > 0
+    assert [row["metastep"] for row in crafted.log] == [0, 1, 2, 3]
+    assert files(finished.folder) == before
+
+
+def test_fresh_does_it_again_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crafts, evaluations = [], []
+    craft, evaluate = attacks.load("mgd").craft, harness.evaluate
+
+    def counting_craft(self: Any, *arguments: Any) -> PoisonSet:
+        crafts.append(self)
+        return craft(self, *arguments)
+
+    def counting_evaluate(*arguments: Any, reuse: bool) -> harness.Evaluation:
+        evaluations.append(reuse)
+        return evaluate(*arguments, reuse=reuse)
+
+    monkeypatch.setattr(attacks.load("mgd"), "craft", counting_craft)
+    monkeypatch.setattr(harness, "evaluate", counting_evaluate)
+    first = runs.run(request(), tmp_path)
+    before = files(first.folder)
+    (first.folder / "checkpoint.corrupt-1.safetensors").write_bytes(b"kept")
+    (first.folder / "notes.txt").write_bytes(b"the user's own")
+    (first.folder / "poison.safetensors").write_bytes(b"spoilt")
+    second = runs.run(request(), tmp_path, fresh=True)
+    assert len(crafts) == 2
+    assert evaluations == [True, False]
+    after = files(second.folder)
+    assert after.pop("checkpoint.corrupt-1.safetensors") == b"kept"
+    assert after.pop("notes.txt") == b"the user's own"
+    assert set(after) == set(before)
+    assert second.record.victims == first.record.victims
+    same = ["poison.safetensors", "accuracies.csv", "crafting.csv", *(n for n in after if "png" in n)]
+    assert [name for name in same if after[name] != before[name]] == []
+
+
+def test_more_seeds_are_measured_on_the_same_poison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "GROUP", 2)
+    first = runs.run(request("noise"), tmp_path)
+    more = runs.run(request("noise", seeds=4), tmp_path)
+    assert more.folder == first.folder
+    assert more.record.poison_hash == first.record.poison_hash
+    assert [victim.seeds for victim in more.record.victims] == [[0, 1, 2, 3]] * 2
+
+
+def test_the_folder_is_named_by_what_decides_the_poison() -> None:
+    plain = request()
+    tiny = plain.setting
+    others = [
+        request(steps=4),
+        request(seed=1),
+        request(labels="free"),
+        replace(plain, setting=replace(tiny, dataset=tiny.dataset.model_copy(update={"split_seed": 1}))),
+        replace(
+            plain,
+            setting=replace(tiny, recipes={n: r.replace(epochs=2) for n, r in tiny.recipes.items()}),
+        ),
+    ]
+    dataset = runs.data.load(tiny.dataset)
+    identities = {one.identity(dataset) for one in (plain, *others)}
+    assert len(identities) == 6
+    fewer = replace(dataset, train_labels=dataset.train_labels[:-1])
+    assert plain.identity(fewer) not in identities
+    same = [
+        request(seeds=5),
+        replace(plain, command="other"),
+        replace(plain, setting=replace(tiny, data_dir="x")),
+    ]
+    assert {other.identity(dataset) for other in same} == {plain.identity(dataset)}
+
+
+@pytest.mark.parametrize("name", ["poison.safetensors", "record.json"])
+def test_a_spoilt_result_is_refused_not_trusted(name: str, tmp_path: Path) -> None:
+    done = runs.run(request("noise"), tmp_path)
+    (done.folder / name).write_bytes((done.folder / name).read_bytes()[:-40])
+    with pytest.raises(UserError, match=re.escape(str(done.folder / name))):
+        runs.run(request("noise"), tmp_path)
+
+
+def test_a_file_scored_alone_gives_what_its_run_gave(finished: Finished, tmp_path: Path) -> None:
+    file = finished.folder / "poison.safetensors"
+    scored = runs.evaluate(file, request().setting, "theirs", "poisonbench evaluate …", tmp_path)
+    assert scored.record.victims == finished.record.victims
+    assert scored.record.poison_hash == finished.record.poison_hash
+    assert (scored.record.attack, scored.record.crafting_seconds) == ("theirs", None)
+    kept = scored.folder / "poison.safetensors"
+    assert kept.read_bytes() == file.read_bytes()
+    assert re.fullmatch(r"theirs-[0-9a-f]{8}", scored.folder.name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "../up", "a b", "a/b"),
+        *(pytest.param(name) for name in ("né", "_x", "x" * 65)),
+    ],
+)
+def test_a_name_that_no_record_may_have_is_refused_at_once(
+    name: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(*arguments: object, **options: object) -> harness.Evaluation:
+        return harness.Evaluation(finished.record.victims, 1.0)
+
+    monkeypatch.setattr(harness, "evaluate", scored)
+    file = finished.folder / "poison.safetensors"
+    with pytest.raises(UserError, match="--name"):
+        runs.evaluate(file, request().setting, name, "", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_for_other_data_is_refused_before_anything_is_written(
+    finished: Finished, tmp_path: Path
+) -> None:
+    file = finished.folder / "poison.safetensors"
+    tiny = request().setting
+    other = replace(tiny, dataset=tiny.dataset.model_copy(update={"split_seed": 1}))
+    with pytest.raises(UserError, match="made for another training set"):
+        runs.evaluate(file, other, "theirs", "", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_written(
+    finished: Finished, tmp_path: Path
+) -> None:
+    tiny = request().setting
+    large = {name: recipe.replace(batch_size=101) for name, recipe in tiny.recipes.items()}
+    with pytest.raises(UserError, match="batch_size"):
+        runs.craft(replace(request("noise"), setting=replace(tiny, recipes=large)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    file = finished.folder / "poison.safetensors"
+    with pytest.raises(UserError, match="batch_size"):
+        runs.evaluate(file, replace(tiny, recipes=large), "theirs", "", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_publishing_copies_once_and_never_overwrites(finished: Finished, tmp_path: Path) -> None:
+    target = runs.publish(finished.folder, tmp_path)
+    assert target == tmp_path / "digits" / "mgd" / "none" / finished.folder.name
+    published = files(target)
+    assert set(published) == {
+        "record.json", "poison.safetensors", "accuracies.csv", "crafting.csv",
+        "accuracy.png", "crafting.png", "poisons.png", "summary.png",
+    }  # fmt: skip
+    original = files(finished.folder)
+    assert all(original[name] == content for name, content in published.items())
+    assert Record.load(target / "record.json") == finished.record
+
+    (target / "record.json").write_text("marked")
+    with pytest.raises(UserError, match="never overwritten"):
+        runs.publish(finished.folder, tmp_path)
+    assert (target / "record.json").read_text() == "marked"
+    assert len(files(tmp_path)) == len(published)
+
+
+def test_an_unfinished_run_is_not_published(tmp_path: Path) -> None:
+    crafted = runs.craft(request("noise"), tmp_path / "runs")
+    with pytest.raises(UserError, match=r"record\.json"):
+        runs.publish(crafted.path.parent, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def metasteps(folder: Path) -> int:
+    """Metasteps in the checkpoint below a folder; -1 before there is one."""
+    with suppress(FileNotFoundError):  # folders come and go while the process looks where it may write
+        for path in folder.rglob("checkpoint.safetensors"):
+            with safe_open(path, framework="numpy") as file:
+                return len(json.loads(file.metadata()["poisonbench"])["rows"]) - 1
+    return -1
+
+
+def kill_at(metastep: int, out: Path) -> None:
+    """Craft in another process, and kill it once its checkpoint has so many metasteps."""
+    process = start(words(steps=STEPS, out=out))
+    try:
+        while metasteps(out) < metastep and process.poll() is None:
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    assert metastep <= metasteps(out) < STEPS
+    assert not list(out.rglob("poison.safetensors"))
+
+
+def killed_and_whole(metasteps_: list[int], folder: Path) -> tuple[list[bytes], list[bytes]]:
+    """Poisons of a run that was killed at each of these metasteps, and of one that never was."""
+    killed, whole = folder / "killed", folder / "whole"
+    for metastep in metasteps_:
+        kill_at(metastep, killed)
+    path = Path(finish(start(words(steps=STEPS, out=killed))).strip())
+    assert path.is_relative_to(killed)
+    crafted = runs.craft(request(steps=STEPS), whole)
+    log = json.loads((path.parent / "crafting.json").read_text())["log"]
+    assert log == crafted.log
+    assert [row["metastep"] for row in log] == list(range(STEPS + 1))
+    return [p.read_bytes() for p in killed.rglob("poison.*")], [crafted.path.read_bytes()]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="NOT TESTED: no SIGKILL on this system")
+def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    killed, whole = killed_and_whole([2], tmp_path)
+    assert killed == whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="NOT TESTED: no SIGKILL on this system")
+def test_killed_five_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    killed, whole = killed_and_whole(sorted(random.Random(0).sample(range(STEPS - 10), 5)), tmp_path)
+    assert killed == whole
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="NOT TESTED: XDG_CACHE_HOME moves the cache on Linux"
+)
+@pytest.mark.parametrize("verb", ["craft", pytest.param("run", marks=pytest.mark.slow)])
+def test_a_second_process_compiles_nothing_anew(verb: str, tmp_path: Path) -> None:
+    def compiled() -> set[str]:
+        programs = files(tmp_path / "cache" / "poisonbench" / "compiled")
+        return {name for name in programs if not name.endswith("-atime")}
+
+    first: set[str] = set()
+    for seed in ("0", "1"):  # another poison, but the same programs
+        arguments = [*words("noise", out=tmp_path / "runs", verb=verb), "--seed", seed]
+        seeds = ["--seeds", "2"] if verb == "run" else []
+        finish(start([*arguments, *seeds], XDG_CACHE_HOME=str(tmp_path / "cache")))
+        first = first or compiled()
+    program = "train_and_score" if verb == "run" else "randint"
+    assert any(program in name for name in first)
+    assert compiled() == first
+    assert len(list((tmp_path / "runs").rglob("poison.safetensors"))) == 2

@@ -1,0 +1,125 @@
+"""Intervals cover what they claim to cover, and ranks tie where intervals do not part.
+
+Claims of `poisonbench.statistics` tested here:
+
+- the interval is Student's: numbers computed by hand, and scipy's own interval;
+- it covers the true mean in about 95 % of simulated samples, also of five only; the same check
+  catches an interval that takes the normal distribution for Student's;
+- drops are paired: what the two victims of a seed have in common does not widen the interval;
+- fewer than two seeds, and lists that are no pairs, are refused in one line;
+- a rank is one more than the number of intervals that lie wholly above; intervals that overlap or
+  touch tie; neither the order of the list nor a lucky seed changes a rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from poisonbench.errors import UserError
+from poisonbench.statistics import Interval, mean_interval, paired_drop, ranks
+
+
+def span(low: float, high: float) -> Interval:
+    return Interval(mean=(low + high) / 2, low=low, high=high, n=10)
+
+
+@pytest.mark.parametrize(
+    ("sample", "mean", "half"),
+    [
+        # s = √2.5, t(4) = 2.776445: half = 2.776445 · √(2.5 / 5)
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 3.0, 1.963243),
+        # s = √2, t(1) = 12.706205: half = 12.706205 · √(2 / 2)
+        ([4.0, 6.0], 5.0, 12.706205),
+        ([7.0, 7.0, 7.0], 7.0, 0.0),
+    ],
+)
+def test_interval_by_hand(sample: list[float], mean: float, half: float) -> None:
+    interval = mean_interval(sample)
+    assert interval.mean == pytest.approx(mean)
+    assert interval.high - interval.mean == pytest.approx(half, abs=1e-5)
+    assert interval.mean - interval.low == pytest.approx(half, abs=1e-5)
+    assert interval.n == len(sample)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 50])
+def test_interval_is_scipys(n: int) -> None:
+    sample = np.random.default_rng(n).normal(3.0, 2.0, n)
+    low, high = stats.t.interval(0.95, n - 1, loc=sample.mean(), scale=stats.sem(sample))
+    interval = mean_interval(sample.tolist())
+    assert (interval.low, interval.high) == pytest.approx((low, high))
+
+
+def test_interval_covers_the_mean() -> None:
+    samples = np.random.default_rng(0).normal(1.0, 3.0, (1500, 5))
+    intervals = [mean_interval(sample) for sample in samples.tolist()]
+    covered = np.mean([i.low <= 1.0 <= i.high for i in intervals])
+    # Four standard errors of a share of 0.95 in 1,500 are 0.023.
+    assert abs(covered - 0.95) < 0.023
+
+    def normal(i: Interval) -> bool:
+        half = (i.high - i.mean) * stats.norm.ppf(0.975) / stats.t.ppf(0.975, 4)
+        return bool(abs(i.mean - 1.0) <= half)
+
+    assert abs(np.mean([normal(i) for i in intervals]) - 0.95) > 0.023
+
+
+def test_drop_is_paired() -> None:
+    clean = [98.0, 90.0, 94.0, 70.0]
+    poisoned = [c - drop for c, drop in zip(clean, [2.0, 2.5, 1.5, 2.0], strict=True)]
+    drop = paired_drop(clean, poisoned)
+    assert drop == mean_interval([2.0, 2.5, 1.5, 2.0])
+    assert drop.high - drop.low < 2 < mean_interval(clean).high - mean_interval(clean).low
+
+
+def test_identical_victims_lose_exactly_nothing() -> None:
+    scores = [98.7, 97.3, 99.1]
+    assert paired_drop(scores, scores) == Interval(mean=0.0, low=0.0, high=0.0, n=3)
+
+
+@pytest.mark.parametrize("sample", [[], [90.0]])
+def test_fewer_than_two_are_refused(sample: list[float]) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]*at least 2 seeds[^\n]*$"):
+        mean_interval(sample)
+    with pytest.raises(UserError, match="at least 2 seeds"):
+        paired_drop(sample, sample)
+
+
+def test_what_is_no_pair_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^3 clean and 2 poisoned victims are not pairs$"):
+        paired_drop([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [
+        ([], []),
+        ([span(1, 2)], [1]),
+        ([span(1, 2), span(3, 4), span(5, 6)], [3, 2, 1]),
+        # The first overlaps the second and the second the third, but not the first the third.
+        ([span(4, 6), span(3, 5), span(1, 3.5)], [1, 1, 2]),
+        # Two above: the next rank is 3, not 2.
+        ([span(8, 9), span(8, 9), span(1, 2)], [1, 1, 3]),
+        ([span(2, 3), span(1, 2)], [1, 1]),  # they touch
+        ([span(0, 0), span(0, 0)], [1, 1]),
+        ([span(0, 100), span(50, 51), span(49, 49.5)], [1, 1, 2]),
+    ],
+)
+def test_ranks(intervals: list[Interval], expected: list[int]) -> None:
+    assert ranks(intervals) == expected
+    pairs = list(zip(intervals, expected, strict=True))
+    for shuffled in itertools.permutations(pairs):
+        assert ranks([interval for interval, _ in shuffled]) == [rank for _, rank in shuffled]
+
+
+def test_one_lucky_seed_wins_no_rank() -> None:
+    steady = mean_interval([5.0, 5.1, 4.9, 5.0, 5.1])
+    lucky = mean_interval([4.0, 4.1, 3.9, 4.0, 30.0])
+    assert ranks([steady, lucky]) == [1, 1]
+
+
+def test_interval_reads_as_mean_and_half_width() -> None:
+    assert str(Interval(mean=12.345, low=11.845, high=12.845, n=10)) == "12.35 ± 0.50"

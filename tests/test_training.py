@@ -1,0 +1,332 @@
+"""A training is a pure function of (recipe, data, key), and of the poison.
+
+Claims of the docstrings of `poisonbench.victim.training` and `poisonbench.victim.evaluation` tested
+here:
+
+- the same key gives the same victim, byte for byte, and another key another one;
+- every epoch has an order of its own, without repeats;
+- victims trained together are those trained alone;
+- a row of `z` stands in for its image exactly: training on the poisoned set gives the same bytes;
+- so does a row of `Poison` for its image and its label, and one-hot targets are labels;
+- the metagradient through a whole victim, with flips and shifts, agrees with finite differences in
+  float64, for pixels and targets; rows that no step used get exactly zero, all others do not;
+- what the attack trains scores the same as what the harness trains, and it does learn;
+- augmentation gives the same images for the same key, of the same shape, each a mirrored or shifted
+  one, and differentiates as the linear map that it is; every step of a run draws its own;
+- the one-cycle schedule has its three knots and is linear between them;
+- any optax optimizer serves by name; unknown ones and unknown arguments are refused;
+- weight decay acts on kernels only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradcheck
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array
+from sklearn.datasets import load_digits
+
+from poisonbench.errors import UserError
+from poisonbench.metagradient import metagradient
+from poisonbench.victim.evaluation import ValidationLoss, train, train_and_score
+from poisonbench.victim.recipe import Recipe
+from poisonbench.victim.training import (
+    Poison,
+    TrainingRun,
+    TrainingSet,
+    TrainState,
+    augment,
+    learning_rate_schedule,
+    logits,
+    make_optimizer,
+)
+
+PyTree = Any
+RECIPE = Recipe(
+    width=2, final_scale=0.5, epochs=10, batch_size=20, learning_rate=0.3, flip=True, crop_padding=1
+)
+NUM_IMAGES = 210
+POISONED = np.array([3, 77, 150, 209])
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Some handwritten digits to train on, and others to score on; 8×8, uint8."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+    def clean(self) -> TrainingSet:
+        return TrainingSet.clean(self.images, self.labels, 10)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.rint(pixels.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
+    labels, train, test = labels.astype(np.int32), slice(NUM_IMAGES), slice(500, 700)
+    return Digits(images[train], labels[train], images[test], labels[test])
+
+
+def keys(*seeds: int) -> Array:
+    return jax.vmap(jax.random.key)(jnp.array(seeds))
+
+
+def trained(data: TrainingSet, seeds: Array, z: Array) -> TrainState:
+    run, state = TrainingRun.start(RECIPE, data, seeds)
+    return train(run, state, z)
+
+
+@jax.jit
+def step(run: TrainingRun, state: TrainState, t: Array, z: Array | Poison) -> TrainState:
+    return run(state, t, z)
+
+
+def assert_same_bytes(found: PyTree, expected: PyTree) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def test_same_key_same_bytes(digits: Digits) -> None:
+    data, z = digits.clean(), jnp.zeros((len(POISONED), 8, 8, 1))
+    first, second, swapped = (trained(data, keys(*seeds), z) for seeds in [(5, 6), (5, 6), (6, 5)])
+    assert_same_bytes(second, first)
+    assert_same_bytes(jax.tree.map(lambda x: x[::-1], swapped), first)
+    kernels = first.params["stem"]["kernel"]
+    assert not np.array_equal(kernels[0], kernels[1])
+
+
+def test_every_epoch_has_an_order_without_repeats(digits: Digits) -> None:
+    run, _ = TrainingRun.start(RECIPE, digits.clean(), keys(5, 6))
+    per_epoch = RECIPE.steps_per_epoch(NUM_IMAGES)
+    assert run.order.shape == (2, run.num_steps, RECIPE.batch_size)
+    assert run.num_steps == RECIPE.num_steps(NUM_IMAGES) == RECIPE.epochs * per_epoch
+    epochs = np.asarray(run.order).reshape(2 * RECIPE.epochs, per_epoch * RECIPE.batch_size)
+    for order in epochs:
+        assert len(set(order)) == len(order)
+        assert 0 <= order.min() <= order.max() < NUM_IMAGES
+    assert len({tuple(order) for order in epochs}) == len(epochs)
+
+
+def test_together_or_alone(digits: Digits) -> None:
+    data, z = digits.clean(), jnp.zeros((len(POISONED), 8, 8, 1))
+    together, alone = trained(data, keys(5, 6), z).params, trained(data, keys(6), z).params
+    other, same = (jax.tree.map(lambda x, i=i: x[i], together) for i in (0, 1))
+    alone = jax.tree.map(lambda x: x[0], alone)
+    # Compiled differently, they round differently, and a hundred steps enlarge that.
+    assert gradcheck.relative_error(same, alone) < 1e-3
+    assert gradcheck.relative_error(other, alone) > 0.3
+
+
+# ---------------------------------------------------------------- poison
+
+
+def test_z_stands_in_for_its_images(digits: Digits) -> None:
+    random = np.random.default_rng(0)
+    poison = random.integers(0, 256, (len(POISONED), 8, 8, 1), np.uint8)
+    labels = (digits.labels[POISONED] + 1) % 10
+    z = jnp.asarray(poison, jnp.float32) / 255
+
+    never_read = digits.images.copy()
+    never_read[POISONED] = random.integers(0, 256, poison.shape, np.uint8)
+    with_room = TrainingSet.clean(never_read, digits.labels, 10).with_poison(POISONED, labels)
+
+    images, all_labels = digits.images.copy(), digits.labels.copy()
+    images[POISONED], all_labels[POISONED] = poison, labels
+    applied = TrainingSet.clean(images, all_labels, 10)
+
+    found = trained(with_room, keys(5, 6), z)
+    assert_same_bytes(found, trained(applied, keys(5, 6), z))
+    clean = trained(digits.clean(), keys(5, 6), z)
+    assert gradcheck.relative_error(found.params, clean.params) > 1e-3
+
+
+def test_one_hot_targets_are_labels(digits: Digits) -> None:
+    run, state = TrainingRun.start(RECIPE, digits.clean(), keys(5, 6))
+    rows = np.asarray(run.order[0, 0, :4])
+    labels = (digits.labels[rows] + 1) % 10
+    pixels = jax.random.uniform(jax.random.key(0), (len(rows), 8, 8, 1))
+    labelled = replace(run, data=digits.clean().with_poison(rows, labels))
+    unlabelled = replace(run, data=digits.clean().with_poison(rows, digits.labels[rows]))
+    expected = step(labelled, state, 0, pixels)
+    found = step(unlabelled, state, 0, Poison(pixels, jax.nn.one_hot(labels, 10)))
+    assert gradcheck.relative_error(found.params, expected.params) < 1e-6
+    assert gradcheck.relative_error(step(unlabelled, state, 0, pixels).params, expected.params) > 1e-4
+
+
+def test_every_step_augments_anew(digits: Digits) -> None:
+    run, state = TrainingRun.start(RECIPE, digits.clean(), keys(5, 6))
+    always_the_same = replace(run, order=jnp.broadcast_to(run.order[:, :1], run.order.shape))
+    z = jnp.zeros((len(POISONED), 8, 8, 1))
+    first, again, later = (step(always_the_same, state, t, z).params for t in (0, 0, 1))
+    assert_same_bytes(again, first)
+    assert gradcheck.relative_error(later, first) > 1e-4
+
+
+@pytest.mark.usefixtures("x64")
+def test_metagradient_through_a_victim(digits: Digits) -> None:
+    steps = 3
+    with jax.enable_x64(False):  # the same start as elsewhere, compiled once
+        run, state = TrainingRun.start(RECIPE, digits.clean(), keys(5))
+    order = np.asarray(run.order)[0]
+    used = order[:steps, 0]
+    unused = np.setdiff1d(order, order[:steps])[:3]
+    rows = np.concatenate([used, unused])
+    images, labels = digits.images, digits.labels
+    run = replace(run, data=digits.clean().with_poison(rows, labels[rows]))
+    loss = ValidationLoss(RECIPE, 10, "cross_entropy", jnp.asarray(images), jnp.asarray(labels))
+    state = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(float), state)
+    z = Poison(jnp.asarray(images[rows], float) / 255, jax.nn.one_hot(labels[rows], 10, dtype=float))
+
+    gradient = metagradient(run, loss, state, steps, z)[1]
+    for part in (gradient.pixels, gradient.targets):
+        assert not np.any(part[steps:])
+        assert np.all(np.any(part[:steps].reshape(steps, -1), axis=1))
+    gradcheck.assert_gradient(lambda z: metagradient(run, loss, state, steps, z)[0], z, gradient)
+
+
+# ---------------------------------------------------------------- scores
+
+
+@jax.jit
+def said(state: TrainState, images: Array) -> Array:
+    pixels = images.astype(jnp.float32) / 255
+    return jax.vmap(lambda state: logits(RECIPE, 10, state, pixels))(state)
+
+
+def test_victims_learn_and_the_harness_sees_what_the_attack_sees(digits: Digits) -> None:
+    scores = train_and_score(RECIPE, digits.clean(), keys(5, 6), digits.test_images, digits.test_labels)
+    assert scores.shape == (2, RECIPE.epochs)
+    assert scores.dtype == np.float64
+    assert scores[:, -1].min() > 40  # guessing gives 10
+    assert scores[:, -1].min() > scores[:, 0].max()
+
+    state = trained(digits.clean(), keys(5, 6), jnp.zeros((len(POISONED), 8, 8, 1)))
+    right = np.asarray(said(state, jnp.asarray(digits.test_images)).argmax(-1)) == digits.test_labels
+    # Two compilations round differently, so an image or two may fall on either side.
+    np.testing.assert_allclose(scores[:, -1], 100 * right.mean(1), atol=1)
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize(("flip", "pad"), [(False, 0), (True, 0), (False, 2), (True, 1)])
+def test_augmented_images_are_mirrored_or_shifted(flip: bool, pad: int) -> None:
+    recipe = Recipe(flip=flip, crop_padding=pad, input_mean=0.25)
+    image = np.random.default_rng(0).random((5, 6, 3), np.float32)
+    images = jnp.asarray(np.stack([image] * 300))
+    found = augment(recipe, images, jax.random.key(0))
+    assert found.shape == images.shape
+    assert_same_bytes(augment(recipe, images, jax.random.key(0)), found)
+    if flip or pad:
+        assert not np.array_equal(augment(recipe, images, jax.random.key(1)), found)
+
+    padded = [
+        np.pad(mirrored, ((pad, pad), (pad, pad), (0, 0)), constant_values=0.25)
+        for mirrored in ([image, image[:, ::-1]] if flip else [image])
+    ]
+    possible = {
+        p[i : i + 5, j : j + 6].tobytes() for p in padded for i, j in np.ndindex(*[2 * pad + 1] * 2)
+    }
+    assert {x.tobytes() for x in np.asarray(found)} == possible
+
+
+def test_augmentation_differentiates_as_a_linear_map() -> None:
+    recipe, key = Recipe(flip=True, crop_padding=1), jax.random.key(0)
+    x, v, w = jax.random.normal(jax.random.key(1), (3, 8, 5, 6, 2))
+    change = (w * (augment(recipe, x + v, key) - augment(recipe, x, key))).sum()
+    gradient = jax.grad(lambda x: (w * augment(recipe, x, key)).sum())(x)
+    np.testing.assert_allclose((gradient * v).sum(), change, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- optimizers and schedules
+
+
+def test_one_cycle() -> None:
+    recipe = Recipe(learning_rate=2.0, start_factor=0.25, peak_at=0.2, final_factor=1e-3)
+    rate = np.array([float(learning_rate_schedule(recipe, 50)(t)) for t in range(51)])
+    np.testing.assert_allclose(rate[[0, 5, 10, 30, 50]], [0.5, 1.25, 2.0, 1.001, 0.002], rtol=1e-4)
+    assert rate.argmax() == 10
+    assert np.ptp(np.diff(rate[:11])) < 1e-5
+    assert np.ptp(np.diff(rate[10:])) < 1e-5
+
+
+@pytest.mark.parametrize("peak_at", [0.0, 1.0])
+def test_one_cycle_with_its_peak_at_an_end(peak_at: float) -> None:
+    rate = learning_rate_schedule(Recipe(learning_rate=2.0, peak_at=peak_at), 10)
+    assert float(rate(10 * peak_at)) == 2
+    assert 0 < float(rate(5)) < 2
+
+
+def test_constant_schedule() -> None:
+    rate = learning_rate_schedule(Recipe(learning_rate=0.3, schedule="constant"), 10)
+    assert rate(0) == rate(9) == 0.3
+
+
+PARAMS = {
+    "stem": {
+        "kernel": np.ones((3, 3, 1, 2), np.float32),
+        "norm": {"scale": np.ones(2), "bias": np.ones(2)},
+    },
+    "classifier": {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sgd", {"momentum": 0.9, "nesterov": True}),
+        ("adam", {"eps_root": 1e-8}),
+        ("adamw", {"b1": 0.8, "eps_root": 1e-6, "weight_decay": 0.1}),
+        ("rmsprop", {"decay": 0.95, "eps_in_sqrt": True}),
+        ("lion", {}),
+    ],
+)
+def test_any_optimizer_by_name(name: str, options: dict[str, float | bool]) -> None:
+    recipe = RECIPE.replace(
+        optimizer=name, optimizer_options=tuple(options.items()), schedule="constant", weight_decay=0.0
+    )
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
+    gradient = jax.tree.map(jnp.sin, params)
+    ours, theirs = make_optimizer(recipe, 10), getattr(optax, name)(recipe.learning_rate, **options)
+    found, _ = ours.update(gradient, ours.init(params), params)
+    expected, _ = theirs.update(gradient, theirs.init(params), params)
+    assert gradcheck.relative_error(found, expected) < 1e-6
+
+    # And a victim's step keeps the shapes and dtypes of its state, as a metagradient needs.
+    def start_and_step(keys: Array, images: Array, labels: Array) -> tuple[TrainState, TrainState]:
+        run, state = TrainingRun.start(
+            recipe, TrainingSet(images, labels, -jnp.ones_like(labels), 10), keys
+        )
+        return state, run(state, jnp.int32(0), jnp.zeros((0, 8, 8, 1)))
+
+    like = jnp.zeros((40, 8, 8, 1), jnp.uint8), jnp.zeros(40, jnp.int32)
+    before, after = jax.eval_shape(start_and_step, keys(0), *like)
+    assert before == after
+
+
+def test_unknown_optimizers_and_arguments_are_refused() -> None:
+    with pytest.raises(UserError, match=r"no optax optimizer called 'adamm'; did you mean .*adam"):
+        make_optimizer(Recipe(optimizer="adamm"), 10)
+    with pytest.raises(UserError, match=r"optimizer adam does not take.*momentum"):
+        make_optimizer(Recipe(optimizer="adam"), 10)
+
+
+def test_weight_decay_acts_on_kernels_only() -> None:
+    recipe = Recipe(optimizer_options=(), schedule="constant", learning_rate=0.5, weight_decay=0.1)
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
+    optimizer = make_optimizer(recipe, 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        expected = -0.05 if path[-1].key == "kernel" else 0
+        np.testing.assert_allclose(update, np.full(update.shape, expected), rtol=1e-6)
