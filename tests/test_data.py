@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -417,19 +418,17 @@ def test_a_host_that_is_unknown_is_not_waited_for(
 CIFAR = DataSpec(name="tfds:cifar10", train_size=100, val_size=50, test_size=60)
 
 
-class NoTensorFlow:
-    """An import hook under which TensorFlow is not installed."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name.partition(".")[0] == "tensorflow":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
 @pytest.fixture
 def without_tensorflow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    real = PathFinder.find_spec
+
+    # As where it is not installed: looking for it finds nothing, which is no error yet.
+    def find_spec(name: str, *arguments: Any) -> ModuleSpec | None:
+        return None if name.partition(".")[0] == "tensorflow" else real(name, *arguments)
+
     for name in [name for name in sys.modules if name.partition(".")[0] == "tensorflow"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [NoTensorFlow(), *sys.meta_path])
+    monkeypatch.setattr(PathFinder, "find_spec", find_spec)
     yield
     assert "tensorflow" not in sys.modules
 
