@@ -46,7 +46,7 @@ from poisonbench.attacks import Attack, Task
 from poisonbench.errors import UserError
 from poisonbench.flips import Flips, best_concentrated_flips
 from poisonbench.journal import Journal
-from poisonbench.metagradient import metagradient
+from poisonbench.metagradient import NonFiniteError, metagradient
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import Goal, ValidationLoss, train
 from poisonbench.victim.recipe import Recipe
@@ -130,13 +130,10 @@ class _Problem:
             UserError: either is not finite; it says `when`.
         """
         run, state = TrainingRun.start(self.recipe, self.data, key[None])
-        value, gradient = metagradient(run, self.loss, state, run.num_steps, z)
-        if not all(bool(jnp.isfinite(x).all()) for x in (value, *jax.tree.leaves(gradient))):
-            raise UserError(
-                f"the metagradient is not finite {when}: training is unstable; lower learning_rate or"
-                " final_scale, as by --set smooth.learning_rate=…"
-            )
-        return value, gradient
+        try:
+            return metagradient(run, self.loss, state, run.num_steps, z)
+        except NonFiniteError as error:
+            raise UserError(f"{when}, {error}; as by --set smooth.learning_rate=…") from None
 
 
 @dataclass(frozen=True)

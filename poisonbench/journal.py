@@ -6,16 +6,12 @@ not at all. One that cannot be read is set aside under another name, never delet
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from poisonbench._files import content_hash, replacing
+from poisonbench import _checkpoint
 from poisonbench.progress import Progress
 
 LogRow = dict[str, float | int]
@@ -45,44 +41,21 @@ class Journal:
 
     def restore(self) -> dict[str, np.ndarray] | None:
         """The arrays of the last checkpoint, or None to start from the beginning."""
-        if self._path is None or not self._path.exists():
+        stored = None if self._path is None else _checkpoint.read(self._path)
+        if stored is None:
             return None
-        try:
-            with safe_open(self._path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {})["poisonbench"])
-                arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            if header["hash"] != content_hash(*arrays.values()):
-                raise ValueError("its content does not have the hash it states")
-            self.rows = list(header["rows"])
-            self._before = float(header["seconds"])
-            return arrays
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            aside = _free_name(self._path)
-            self._path.rename(aside)
-            print(
-                f"warning: {self._path.name} is corrupt ({error}); set aside as {aside}, starting over",
-                file=sys.stderr,
-            )
-            return None
+        arrays, header = stored
+        self.rows = list(header["rows"])
+        self._before = float(header["seconds"])
+        return arrays
 
     def save(self, arrays: dict[str, np.ndarray], row: LogRow | None = None) -> None:
         """Log a row, if any, and write the checkpoint."""
         if row is not None:
             self.rows.append(row)
-        if self._path is None:
-            return
-        arrays = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
-        header = {"rows": self.rows, "seconds": self.seconds, "hash": content_hash(*arrays.values())}
-        with replacing(self._path) as temporary:
-            temporary.write_bytes(save(arrays, {"poisonbench": json.dumps(header)}))
+        if self._path is not None:
+            _checkpoint.write(self._path, arrays, {"rows": self.rows, "seconds": self.seconds})
 
     def progress(self, title: str, total: int, done: int = 0) -> Progress:
         """A bar on standard error."""
         return Progress(title, total, done)
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.corrupt-{number}{path.suffix}")).exists():
-        number += 1
-    return aside

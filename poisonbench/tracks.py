@@ -69,7 +69,8 @@ CIFAR10_SMALL = Track(
     recipes=MappingProxyType(
         {
             "smooth": SMOOTH.replace(width=16, epochs=8, learning_rate=0.3),
-            "standard": STANDARD.replace(width=16, epochs=8, batch_size=250, learning_rate=0.1),
+            # A higher rate or a larger batch leaves accuracies that differ by ten points between seeds.
+            "standard": STANDARD.replace(width=16, epochs=8, batch_size=125, learning_rate=0.03),
         }
     ),
     attack_options=MappingProxyType(

@@ -23,6 +23,7 @@ import doctest
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import gradcheck
@@ -38,7 +39,6 @@ from jaxtyping import Array, Float
 from poisonbench import metagradient as package
 from poisonbench.errors import UserError
 from poisonbench.metagradient import metagradient, plan
-from poisonbench.metagradient.schedule import fitting
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.resnet9 import ConvBlock
 
@@ -56,7 +56,7 @@ class Problem:
     num_steps: int
     z: PyTree
 
-    def metagradient(self, **schedule: int) -> PyTree:
+    def metagradient(self, **schedule: Any) -> PyTree:
         return metagradient(self.step, self.objective, self.state, self.num_steps, self.z, **schedule)[1]
 
     def unrolled(self, z: PyTree) -> Scalar:
@@ -195,12 +195,24 @@ def test_gradient_is_that_of_the_run(problem: Callable[[], Problem]) -> None:
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("problem", [momentum, adam, batch_norm])
-def test_schedules_agree(problem: Callable[[], Problem]) -> None:
+def test_schedules_agree(problem: Callable[[], Problem], tmp_path: Path) -> None:
     run = problem()
-    everything_kept = run.metagradient(leaf=run.num_steps)
-    for arity, leaf in [(2, 1), (3, 1), (16, 1), (2, 3), (4, 3)]:
-        gradient = run.metagradient(arity=arity, leaf=leaf)
-        assert gradcheck.relative_error(gradient, everything_kept) <= 1e-12
+    everything_kept = run.metagradient(schedule="store_all")
+    trees = [(2, 1), (3, 1), (16, 1), (2, 3), (4, 3), (3, None)]
+    bounds = [(2, None), (3, None), (3, 1), (4, 2)]
+    schedules = [
+        *({"schedule": "tree", "arity": arity, "leaf": leaf} for arity, leaf in trees),
+        *({"schedule": "binomial", "max_states": most, "leaf": leaf} for most, leaf in bounds),
+        {"schedule": "store_all", "leaf": 1},
+        {"max_states": 3, "offload": "host"},
+        {"max_states": 3, "offload": tmp_path / "states"},
+        {"schedule": "tree", "offload": "host", "leaf": 2},
+        {"schedule": "store_all", "offload": tmp_path / "states"},
+    ]
+    for schedule in schedules:
+        gradient = run.metagradient(**schedule)
+        assert gradcheck.relative_error(gradient, everything_kept) <= 1e-12, schedule
+    assert list((tmp_path / "states").iterdir()) == []
 
 
 @pytest.mark.usefixtures("x64")
@@ -276,7 +288,7 @@ def walk() -> Problem:
 @pytest.mark.parametrize("leaf", [1, 2, 5])
 def test_any_pytrees(leaf: int) -> None:
     run = walk()
-    gradient = run.metagradient(arity=2, leaf=leaf)
+    gradient = run.metagradient(schedule="tree", arity=2, leaf=leaf)
     assert jax.tree.structure(gradient) == jax.tree.structure(run.z)
     assert gradient["rows"].dtype == jax.dtypes.float0
     assert gradient["rows"].shape == run.z["rows"].shape
@@ -302,17 +314,32 @@ def test_numbers_and_numpy_will_do() -> None:
 # ---------------------------------------------------------------- what it costs, as counts
 
 
-@pytest.mark.parametrize(("arity", "leaf"), [(2, 1), (3, 4), (2, 20)])
-def test_steps_run_are_those_planned(arity: int, leaf: int) -> None:
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"schedule": "store_all"},
+        {"schedule": "store_all", "leaf": 1},
+        {"schedule": "tree", "arity": 2, "leaf": 1},
+        {"schedule": "tree", "arity": 3},
+        {"schedule": "tree", "arity": 3, "max_states": 7},
+        {"schedule": "tree", "arity": 2, "leaf": 20},
+        {"schedule": "binomial", "max_states": 2},
+        {"schedule": "binomial", "max_states": 4},
+        {"schedule": "binomial", "max_states": 4, "leaf": 1},
+        {"schedule": "auto", "max_states": 5},
+        {"schedule": "auto", "max_states": 50},
+    ],
+)
+def test_steps_run_are_those_planned(schedule: dict[str, Any]) -> None:
     ran: list[int] = []
 
     def step(state: Array, t: Array, z: Array) -> Array:
         jax.debug.callback(lambda t: ran.append(int(t)), t)
         return state * z
 
-    metagradient(step, lambda state: state, 1.0, 11, 1.1, arity=arity, leaf=leaf)
+    metagradient(step, lambda state: state, 1.0, 11, 1.1, **schedule)
     jax.effects_barrier()
-    planned = plan(11, arity, leaf)
+    planned = plan(11, **schedule)
     assert len(ran) == planned.forward + planned.differentiated
     assert set(ran) == set(range(11))
 
@@ -331,11 +358,15 @@ class Traces:
 def test_compilations_do_not_grow_with_the_run() -> None:
     traces = Traces()
     step, objective = Partial(traces, jnp.array(2.0)), Partial(lambda state: state)
-    metagradient(step, objective, jnp.array(1.0), 7, jnp.array(0.5), arity=2, leaf=3)
+    bounds = {"schedule": "binomial", "max_states": 5}
+    metagradient(step, objective, jnp.array(1.0), 7, jnp.array(0.5), **bounds)
     first = traces.count
     assert first > 0
-    metagradient(step, objective, jnp.array(1.0), 50, jnp.array(0.5), arity=2, leaf=3)
-    metagradient(step, objective, jnp.array(1.0), 50, jnp.array(0.5), arity=5, leaf=3)
+    metagradient(step, objective, jnp.array(1.0), 50, jnp.array(0.5), **bounds)
+    metagradient(step, objective, jnp.array(1.0), 211, jnp.array(0.5), **bounds)
+    tree = {"schedule": "tree", "arity": 2, "max_states": 5}
+    assert plan(9, **tree).kept == 5
+    metagradient(step, objective, jnp.array(1.0), 9, jnp.array(0.5), **tree)
     assert traces.count == first
 
 
@@ -360,7 +391,7 @@ def _weigh(weight: Array, state: Array) -> Array:
 
 @pytest.mark.parametrize("max_states", [6, 30])
 def test_memory_chooses_the_schedule_and_progress_ends(max_states: int) -> None:
-    state, expected = jnp.ones(10), fitting(30, max_states)
+    state, expected = jnp.ones(10), plan(30, max_states=max_states)
     seen: list[tuple[int, int]] = []
     metagradient(
         _drift,
@@ -416,14 +447,20 @@ def _drift(state: Array, t: Array, z: Array) -> Array:
         ({"objective": lambda s: s["b"]}, "objective must return one floating"),
         ({"objective": lambda s: (s["b"][0], s["a"])}, "objective must return one floating"),
         ({"objective": lambda s: s["a"]}, "objective must return one floating"),
-        ({"memory": 20}, r"need at least \d+ kept states"),
-        ({"num_steps": -1}, "num_steps must not be negative"),
-        ({"arity": 1}, "arity must be at least 2"),
-        ({"arity": 0}, "arity must be at least 2"),
-        ({"leaf": -1}, "leaf must be at least 1"),
-        ({"leaf": 0}, "leaf must be at least 1"),
-        ({"memory": 0, "num_steps": 1}, r"need at least \d+ kept states, and 0 fit"),
-        ({"memory": -5}, r"need at least \d+ kept states, and 0 fit"),
+        ({"objective": lambda s: s["b"].sum(), "has_aux": True}, "objective must return"),
+        ({"objective": lambda s: (s["b"], 1), "has_aux": True}, "objective must return one floating"),
+        ({"num_steps": -1}, "num_steps must be at least 0"),
+        ({"schedule": "tree", "arity": 1}, "arity must be at least 2"),
+        ({"schedule": "tree", "leaf": 0}, "leaf must be at least 1"),
+        ({"schedule": "tree", "max_states": 3}, r"'tree' need at least \d+ kept states .* and 3 fit"),
+        ({"schedule": "binomial", "max_states": 1}, r"need at least 2 kept states .* and 1 fit"),
+        ({"schedule": "binomial", "max_states": 3, "leaf": 0}, "leaf must be at least 1"),
+        ({"schedule": "store_all", "max_states": 5}, r"need at least 6 kept states \(72 bytes\), and 5"),
+        ({"memory": 20}, r"need at least 2 kept states \(24 bytes\), and 1 fit"),
+        ({"memory": 0, "num_steps": 1}, r"need at least 1 kept states .* and 0 fit"),
+        ({"memory": -5}, r"need at least 2 kept states .* and 0 fit"),
+        ({"memory": "much"}, "cannot read 'much' as a size"),
+        ({"offload": "/dev/null/states"}, "cannot write"),
     ],
 )
 def test_what_cannot_be_differentiated_is_refused(changes: dict[str, Any], complaint: str) -> None:
@@ -446,7 +483,8 @@ def test_the_step_number_is_int32_in_any_precision(leaf: int) -> None:
         return {"last": t, "x": s["x"] * z}
 
     state = {"last": jnp.int32(-1), "x": jnp.ones(())}
-    value, gradient = metagradient(step, lambda s: s["x"], state, 5, jnp.float64(2.0), leaf=leaf)
+    found = metagradient(step, lambda s: s["x"], state, 5, jnp.float64(2.0), schedule="tree", leaf=leaf)
+    value, gradient = found
     assert (float(value), float(gradient)) == (32.0, 80.0)
 
 

@@ -1,6 +1,8 @@
 """Exact gradients through whole training runs; knows nothing of images or poison."""
 
+from poisonbench.metagradient.checks import AdamWithoutEpsRoot as AdamWithoutEpsRoot
+from poisonbench.metagradient.checks import NonFiniteError as NonFiniteError
 from poisonbench.metagradient.replay import metagradient as metagradient
 from poisonbench.metagradient.schedule import Plan as Plan
-from poisonbench.metagradient.schedule import fitting as fitting
 from poisonbench.metagradient.schedule import plan as plan
+from poisonbench.metagradient.states import state_bytes as state_bytes

@@ -5,8 +5,8 @@ the adjoint `A[T] = ∇φ(s[T])`, going backwards,
 
     A[t] = A[t+1] · ∂h/∂s (s[t], t, z)        ∇f = Σ_t A[t+1] · ∂h/∂z (s[t], t, z)
 
-so every state is needed once, in reverse. `schedule.py` says which to keep and which to replay;
-this module runs that schedule on arrays.
+so every state is needed once, in reverse. `schedule.py` says which to keep and which to replay,
+`states.py` where they are kept, and `programs.py` is what is compiled; this module runs a schedule.
 
 Cost: `T` steps forward, `T` steps differentiated (a step and its vector-Jacobian product, two to
 three steps' time), and the schedule's repeated steps. Memory: the schedule's kept states and the
@@ -23,17 +23,25 @@ References:
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from poisonbench.errors import UserError
+from poisonbench.metagradient import programs, states
+from poisonbench.metagradient.checks import check, check_finite
+from poisonbench.metagradient.programs import Cotangents, Objective, PyTree, Step
+from poisonbench.metagradient.resume import Resume, identity
 from poisonbench.metagradient.schedule import (
+    Action,
     Advance,
     Finish,
     Keep,
@@ -41,14 +49,11 @@ from poisonbench.metagradient.schedule import (
     Record,
     Restore,
     Reverse,
-    fitting,
+    Schedule,
     plan,
 )
 
-PyTree = Any
-Step = Callable[[PyTree, Array, PyTree], PyTree]
-Objective = Callable[[PyTree], Float[Array, ""]]
-DEFAULT_MEMORY = 2 * 2**30
+DEFAULT_MEMORY = "2GiB"
 
 
 def metagradient(
@@ -58,11 +63,17 @@ def metagradient(
     num_steps: int,
     z: PyTree,
     *,
-    arity: int | None = None,
+    schedule: Schedule = "auto",
+    arity: int = 4,
     leaf: int | None = None,
-    memory: int = DEFAULT_MEMORY,
+    max_states: int | None = None,
+    memory: int | str | None = None,
+    offload: str | os.PathLike[str] = "device",
+    has_aux: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Float[Array, ""], PyTree]:
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+) -> tuple[Any, PyTree]:
     """Differentiate the result of a whole training run with respect to what it was trained on.
 
     Args:
@@ -71,23 +82,43 @@ def metagradient(
             A callable that is itself a pytree (`jax.tree_util.Partial`, a registered dataclass)
             has its arrays passed as arguments of the compiled programs, which are then shared by
             all callables of the same structure; any other callable is compiled once per object.
-        objective: scalar function of the final state. It may be a pytree like `step`.
+        objective: scalar function of the final state, or, with `has_aux`, `(scalar, anything)`. It
+            may be a pytree like `step`.
         state: the state before step 0; any pytree. Integer, boolean and key leaves are carried
             and not differentiated.
         num_steps: how many times to apply `step`, with `t` from 0 (int32).
         z: what to differentiate with respect to; any pytree. Integer leaves get float0 zeros.
-        arity: children of each node of REPLAY's tree. With `leaf`, overrides `memory`.
-        leaf: the most steps that a leaf may have, all of whose states are kept.
-        memory: bytes that kept states may take; the schedule with the fewest repeated steps
-            within them is used. Ignored where `arity` or `leaf` is given.
+        schedule: which states to keep: `store_all`, `tree`, `binomial`, or `auto`, the fewest
+            repeated steps within the bound; see `plan`.
+        arity: children of each node of a tree.
+        leaf: the most steps that a leaf may have, all of whose states are on the device at once.
+            Left out, it is as long as fits; one step where states are kept elsewhere.
+        max_states: bound on the kept states; or
+        memory: the same in bytes, or as `"2GiB"`, which is the default but for trees and
+            `store_all`.
+        offload: where kept states live: `device`, `host` (host memory), or a folder.
+        has_aux: whether `objective` returns something beside its value.
         progress: called as `progress(done, total)` in steps, forward and differentiated alike.
+        checkpoint: file from which an interrupted backward pass goes on when it is called again
+            with the same arguments. It is written at most every `checkpoint_every` seconds and
+            removed at the end. The code of `step` is not checked.
+        checkpoint_every: seconds.
 
     Returns:
-        `(objective(s[T]), gradient)`, the gradient with the structure of `z`.
+        `(value, gradient)`: what `objective` returned for the final state, and its gradient with
+        the structure of `z`. The same whatever the schedule.
 
     Raises:
         UserError: a step that changes the structure, shapes or dtypes of the state; an objective
-            that is not scalar; a memory bound that no schedule meets.
+            that is not scalar; a bound that no schedule meets; a folder or checkpoint that cannot be
+            written, or a checkpoint of another run.
+        NonFiniteError: NaN or infinity in value or gradient; it says at which step.
+
+    Warns:
+        AdamWithoutEpsRoot: see there.
+
+    The call may itself be transformed by `jax.vmap` over `state`, `z` and arrays in `step`; nothing
+    is then checked for NaN, and states can be neither offloaded nor resumed.
 
     Example:
         >>> step = lambda w, t, x: w - 0.5 * (w - x[t])
@@ -98,41 +129,113 @@ def metagradient(
     step, objective = _as_pytree(step), _as_pytree(objective)
     state = jax.tree.map(jnp.asarray, state)
     z = jax.tree.map(jnp.asarray, z)
-    _check(step, objective, state, z)
-    chosen = _choose(state, num_steps, arity, leaf, memory)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((step, objective, state, z)))
+    if traced and (offload != "device" or checkpoint is not None):
+        raise UserError("inside a transformation states cannot be offloaded or resumed: leave both out")
+    check(step, objective, state, z, has_aux)
+    if max_states is None and memory is None and schedule in ("auto", "binomial"):
+        memory = DEFAULT_MEMORY
+    chosen = plan(
+        num_steps, schedule, arity=arity, max_states=max_states, memory=memory,
+        leaf=1 if leaf is None and offload != "device" else leaf,
+        state_bytes=states.state_bytes(state),
+    )  # fmt: skip
+    resume = None
+    if checkpoint is not None:
+        who = identity(chosen, step, objective, state, z)
+        resume = Resume(Path(checkpoint), checkpoint_every, who)
+    kept = states.make(offload, state, chosen.kept, chosen.longest)
+    run = _Run(step, objective, has_aux, z, chosen, kept, state, progress)
+    with warnings.catch_warnings():
+        if traced:  # what is batched may then grow as it goes, and a donated buffer go unused
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        value, cotangents = run.play(state, resume)
+    if not traced:
+        check_finite(step, state, num_steps, z, value[0] if has_aux else value, cotangents)
+    if resume is not None:
+        resume.remove()
+    return value, _gradient_like(z, cotangents.gradient)
 
-    kept: dict[int, PyTree] = {}
-    recorded: PyTree = None
-    cursor = state
-    value: Array | None = None
-    adjoint: list[Array] = []
-    gradient = [jnp.zeros_like(x) for x in _split(z)[0]]
-    done, total = 0, chosen.forward + chosen.differentiated
-    for action in chosen.actions():
+
+@dataclass
+class _Run:
+    """A schedule being played on arrays.
+
+    Attributes:
+        cursor: the state that is being stepped.
+    """
+
+    step: Step
+    objective: Objective
+    has_aux: bool
+    z: PyTree
+    plan: Plan
+    kept: states.Kept
+    cursor: PyTree
+    progress: Callable[[int, int], None] | None
+
+    def play(self, state: PyTree, resume: Resume | None) -> tuple[Any, Cotangents]:
+        """What the objective returned, and the cotangents before step 0."""
+        value, cotangents, skip = None, None, 0
+        if resume is not None and resume.path.exists():
+            # The objective of the first state has the structure of that of the last.
+            stored = resume.load(self.kept, state, *self._finish(state))
+            if stored is not None:
+                skip, value, cotangents = stored
+        done, total = 0, self.plan.forward + self.plan.differentiated
+        for number, action in enumerate(self.plan.actions()):
+            done += _steps(action)
+            if number < skip:
+                continue
+            if isinstance(action, Finish):
+                value, cotangents = self._finish(self.cursor)
+            elif isinstance(action, Reverse):
+                assert cotangents is not None, "every schedule finishes before it reverses"
+                cotangents = self._reverse(action, cotangents)
+                if resume is not None:
+                    resume.save(number + 1, self.kept, value, cotangents)
+            else:
+                self._forward(action)
+            if self.progress is not None:
+                jax.block_until_ready((self.cursor, cotangents))
+                self.progress(done, total)
+        assert cotangents is not None
+        return value, cotangents
+
+    def _forward(self, action: Keep | Restore | Advance | Record) -> None:
         match action:
-            case Keep(at):
-                kept[at] = cursor
-            case Restore(at):
-                cursor = kept.pop(at)
+            case Keep():
+                self.kept.keep(self.cursor)
+            case Restore():
+                self.cursor = self.kept.restore()
             case Advance(start, stop):
-                cursor = _advance(step, cursor, jnp.int32(start), jnp.int32(stop), z)
-                done += stop - start
-            case Record(start, stop, final):
-                capacity = min(chosen.leaf, num_steps)
-                first, last = jnp.int32(start), jnp.int32(stop - (not final))
-                recorded, cursor = _record(step, cursor, first, last, z, capacity)
-                done += action.forward
-            case Finish():
-                value, adjoint = _finish(objective, cursor)
-            case Reverse(start, stop):
                 first, last = jnp.int32(start), jnp.int32(stop)
-                adjoint, gradient = _reverse(step, recorded, first, last, z, adjoint, gradient)
-                recorded = None
-                done += stop - start
-        if progress is not None:
-            progress(done, total)
-    assert value is not None, "every schedule finishes"
-    return value, _gradient_like(z, gradient)
+                self.cursor = programs.advance(self.step, self.cursor, first, last, self.z)
+            case Record(start, stop, final):
+                bounds = (jnp.int32(x) for x in (self.kept.top, start, stop - (not final)))
+                self.kept.buffer, self.cursor = programs.record(
+                    self.step, self.kept.buffer, self.cursor, *bounds, self.z
+                )
+
+    def _finish(self, state: PyTree) -> tuple[Any, Cotangents]:
+        value, adjoint = programs.finish(self.objective, state, self.has_aux)
+        gradient = [jnp.zeros_like(x) for x in programs.split(self.z)[0]]
+        broken = jnp.where(programs.all_finite(adjoint), -1, self.plan.num_steps).astype(jnp.int32)
+        return value, Cotangents(adjoint, gradient, broken)
+
+    def _reverse(self, action: Reverse, cotangents: Cotangents) -> Cotangents:
+        bounds = (jnp.int32(x) for x in (self.kept.top, action.start, action.stop))
+        return programs.reverse(self.step, self.kept.buffer, *bounds, self.z, cotangents)
+
+
+def _steps(action: Action) -> int:
+    match action:
+        case Advance(start, stop) | Reverse(start, stop):
+            return stop - start
+        case Record():
+            return action.forward
+        case _:
+            return 0
 
 
 def _as_pytree(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,117 +244,9 @@ def _as_pytree(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.tree_util.Partial(function) if holds_itself else function
 
 
-def _choose(state: PyTree, num_steps: int, arity: int | None, leaf: int | None, memory: int) -> Plan:
-    if arity is not None or leaf is not None:
-        return plan(num_steps, 4 if arity is None else arity, 1 if leaf is None else leaf)
-    size = max(1, sum(_bytes(x) for x in jax.tree.leaves(state)))
-    return fitting(num_steps, memory // size)
-
-
-def _bytes(x: Array) -> int:
-    data = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    return int(data.size * data.dtype.itemsize)
-
-
-def _differentiable(x: Any) -> bool:
-    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
-
-
-def _split(tree: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
-    """The floating-point leaves, and how to put others in their place."""
-    structure: Any
-    leaves, structure = jax.tree.flatten(tree)
-
-    def join(floating: list[Array]) -> PyTree:
-        rest = iter(floating)
-        return structure.unflatten([next(rest) if _differentiable(x) else x for x in leaves])
-
-    return [x for x in leaves if _differentiable(x)], join
-
-
 def _gradient_like(z: PyTree, floating: list[Array]) -> PyTree:
     rest = iter(floating)
     return jax.tree.map(
-        lambda x: next(rest) if _differentiable(x) else np.zeros(x.shape, jax.dtypes.float0), z
+        lambda x: next(rest) if programs.differentiable(x) else np.zeros(x.shape, jax.dtypes.float0),
+        z,
     )
-
-
-def _check(step: Step, objective: Objective, state: PyTree, z: PyTree) -> None:
-    after = _once.eval_shape(step, state, jnp.int32(0), z)
-    before_structure: Any = jax.tree.structure(state)
-    after_structure: Any = jax.tree.structure(after)
-    if before_structure != after_structure:
-        raise UserError(
-            "step changes the structure of the state: return the same containers and keys from"
-            f" {before_structure}, not {after_structure}"
-        )
-    paths = jax.tree_util.tree_flatten_with_path(state)[0]
-    for (path, before), then in zip(paths, jax.tree.leaves(after), strict=True):
-        if before.shape != then.shape or before.dtype != then.dtype:
-            raise UserError(
-                f"step changes leaf '{jax.tree_util.keystr(path)}' of the state from"
-                f" {before.dtype}{list(before.shape)} to {then.dtype}{list(then.shape)}: keep both"
-            )
-    value = _evaluate.eval_shape(objective, state)
-    if getattr(value, "shape", None) != () or not _differentiable(value):
-        raise UserError(
-            f"objective must return one floating-point scalar, not {value}: reduce it, as by a mean"
-        )
-
-
-# Shapes are asked of jitted functions because those remember the answer.
-_once = jax.jit(lambda step, state, t, z: step(state, t, z))
-_evaluate = jax.jit(lambda objective, state: objective(state))
-
-
-@jax.jit
-def _advance(step: Step, state: PyTree, start: Array, stop: Array, z: PyTree) -> PyTree:
-    # Bounds are arguments, so one compilation serves every segment of every run.
-    return jax.lax.fori_loop(start, stop, lambda t, s: step(s, t, z), state)
-
-
-@partial(jax.jit, static_argnums=5)
-def _record(
-    step: Step, state: PyTree, start: Array, stop: Array, z: PyTree, capacity: int
-) -> tuple[PyTree, PyTree]:
-    def body(t: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        states, state = carry
-        state = step(state, t, z)
-        # The last write of a final leaf falls outside and is dropped: s[T] needs no replay.
-        return jax.tree.map(lambda b, x: b.at[t + 1 - start].set(x, mode="drop"), states, state), state
-
-    states = jax.tree.map(lambda x: jnp.broadcast_to(x, (capacity, *x.shape)), state)
-    return jax.lax.fori_loop(start, stop, body, (states, state))
-
-
-@partial(jax.jit, donate_argnums=(5, 6))
-def _reverse(
-    step: Step,
-    states: PyTree,
-    start: Array,
-    stop: Array,
-    z: PyTree,
-    adjoint: list[Array],
-    gradient: list[Array],
-) -> tuple[list[Array], list[Array]]:
-    z_floating, z_join = _split(z)
-
-    def body(i: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
-        adjoint, gradient = carry
-        t = stop - 1 - i
-        floating, join = _split(jax.tree.map(lambda x: x[t - start], states))
-
-        def floating_step(floating: list[Array], z_floating: list[Array]) -> list[Array]:
-            return _split(step(join(floating), t, z_join(z_floating)))[0]
-
-        _, pull_back = jax.vjp(floating_step, floating, z_floating)
-        adjoint, more = pull_back(adjoint)
-        return adjoint, [a + b for a, b in zip(gradient, more, strict=True)]
-
-    return jax.lax.fori_loop(jnp.int32(0), stop - start, body, (adjoint, gradient))
-
-
-@jax.jit
-def _finish(objective: Objective, state: PyTree) -> tuple[Array, list[Array]]:
-    floating, join = _split(state)
-    return jax.value_and_grad(lambda x: objective(join(x)))(floating)
