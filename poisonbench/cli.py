@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from poisonbench.errors import UserError
+from poisonbench.smoothness.probe import Images, Probe
 
 app = typer.Typer(
     name="poisonbench",
@@ -157,6 +158,72 @@ def evaluate(
     _show(finished, as_json)
 
 
+@app.command()
+def smoothness(
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="Recipe of the track to measure. Repeatable. [default: all of them]"),
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Also survey one change at a time from the smooth recipe.")
+    ] = False,
+    landscape: Annotated[
+        bool, typer.Option("--landscape", help="Also draw the loss over two perturbation directions.")
+    ] = False,
+    track: TrackOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    train_size: TrainSizeOption = None,
+    val_size: ValSizeOption = None,
+    test_size: TestSizeOption = None,
+    resolution: ResolutionOption = None,
+    split_seed: SplitSeedOption = None,
+    fraction: FractionOption = None,
+    radius: RadiusOption = None,
+    set_: SetOption = None,
+    seeds: Annotated[int, typer.Option(help="Victims, at least 3.")] = Probe.seeds,
+    directions: Annotated[int, typer.Option(help="Random directions, at least 2.")] = Probe.directions,
+    h: Annotated[
+        float, typer.Option("--h", help="Step along a direction, in pixel units, at most 0.25.")
+    ] = Probe.h,
+    images: Annotated[
+        Images, typer.Option(help="Images that steps are taken on: most influential, or random.")
+    ] = Probe.images,
+    step_size: Annotated[
+        list[float] | None,
+        typer.Option(help="Size of a sign step, in pixel units. Repeatable. [default: 0.01 to 1]"),
+    ] = None,
+    points: Annotated[int, typer.Option(help="Points along a landscape's side.")] = Probe.points,
+    extent: Annotated[
+        float, typer.Option(help="Length of that side, in pixel units, at most 0.25.")
+    ] = Probe.extent,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of victims, images and directions.")
+    ] = Probe.seed,
+    out: OutOption = Path("runs"),
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say, before an attack, whether a recipe's metagradients will be of any use.
+
+    Measures how smoothly training answers to its pixels, whether seeds agree on the metagradient,
+    what one step along it gains on them, and clean accuracy; on validation data, never on test.
+    """
+    from poisonbench.smoothness import experiment, report, tables
+
+    sizes = Probe.step_sizes if step_size is None else tuple(step_size)
+    probe = Probe(seeds, directions, h, images, sizes, points, extent, seed)
+    setting = _setting({**locals(), "labels": None, "seeds": None})
+    request = experiment.Request(setting, tuple(recipe or ()), probe, grid, landscape, _command())
+    finished = experiment.run(request, out, fresh=fresh)
+    if as_json:
+        summary = {"summary": tables.summary(finished.record), "gains": tables.gains(finished.record)}
+        stored = finished.record.model_dump(mode="json")
+        print(json.dumps({"folder": str(finished.folder), **summary, "record": stored}, indent=1))
+    else:
+        report.show(finished.record, finished.folder)
+
+
 @app.command("list")
 def list_(as_json: JsonOption = False) -> None:
     """Attacks, defences, data sets and tracks, with a line each."""
@@ -185,7 +252,15 @@ def publish(
     folder: Annotated[Path, typer.Argument(help="A finished run, e.g. runs/digits/mgd-….")],
     results: Annotated[Path, typer.Option(help="Where committed records live.")] = Path("results"),
 ) -> None:
-    """Put a finished run under `results/`, where the leaderboard finds it."""
+    """Put a finished run under `results/`, where the leaderboard finds it.
+
+    A finished measurement of smoothness goes to `results/smoothness/`.
+    """
+    if (folder / "smoothness.json").exists():
+        from poisonbench.smoothness import experiment
+
+        print(experiment.publish(folder, results))
+        return
     from poisonbench import runs
 
     print(runs.publish(folder, results))

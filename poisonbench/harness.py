@@ -51,6 +51,11 @@ def evaluation_key(seed: int) -> PRNGKeyArray:
     return _root("evaluate", seed)
 
 
+def smoothness_key(seed: int) -> PRNGKeyArray:
+    """The key of everything that a measurement of smoothness draws."""
+    return _root("smoothness", seed)
+
+
 def evaluate(
     dataset: Dataset,
     poison: PoisonSet,
@@ -149,7 +154,7 @@ def _code() -> str:
 def _root(purpose: str, seed: int) -> PRNGKeyArray:
     import jax
 
-    purposes = ("craft", "evaluate")
+    purposes = ("craft", "evaluate", "smoothness")
     return jax.random.fold_in(jax.random.key(purposes.index(purpose)), seed)
 
 

@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def evaluate(
         raise UserError(
             f"--name {name[:80]!r}: use up to 64 letters, digits, '-' and '_', a letter or digit first"
         )
-    dataset = _load(setting)
+    dataset = load_data(setting)
     poison.check(dataset.train_images, dataset.train_labels, dataset.num_classes)
     folder = out / setting.track.name / f"{name}-{_identity(setting, dataset, {'poison': poison.hash})}"
     _open(folder, fresh)
@@ -145,6 +146,16 @@ def publish(folder: Path, results: Path) -> Path:
     if PoisonSet.load(folder / "poison.safetensors").hash != record.poison_hash:
         raise UserError(f"{folder} holds another poison than its record scored: run it again")
     target = results / record.track / record.attack / record.defense / folder.resolve().name
+    copy_whole(folder, target, PUBLISHED)
+    return target
+
+
+def copy_whole(folder: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Copy the files that match to a new folder, which appears when all of them are in it.
+
+    Raises:
+        UserError: the new folder is there already, or cannot be written.
+    """
     if target.exists():
         raise UserError(f"{target} is there already, and records are never overwritten")
     require_writable(target.parent)
@@ -152,26 +163,29 @@ def publish(folder: Path, results: Path) -> Path:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for pattern in PUBLISHED:
+    for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
             shutil.copyfile(path, partial / path.name)
     partial.rename(target)
-    return target
 
 
 def _prepare(request: Request, out: Path, fresh: bool) -> tuple[data.Dataset, Path]:
     """Everything that can be refused is refused here, before anything is written."""
     setting = request.setting
     request.attack.require(setting.budget)
-    dataset = _load(setting)
+    dataset = load_data(setting)
     setting.budget.count(len(dataset.train_labels))
     folder = out / setting.track.name / f"{request.name}-{request.identity(dataset)}"
     _open(folder, fresh)
     return dataset, folder
 
 
-def _load(setting: Setting) -> data.Dataset:
-    """The data, once it is sure that every victim can be trained on it."""
+def load_data(setting: Setting) -> data.Dataset:
+    """The data, once it is sure that every victim can be trained on it.
+
+    Raises:
+        UserError: there is no such data, or a recipe does not suit it.
+    """
     import jax
     import jax.numpy as jnp
 

@@ -10,6 +10,7 @@ here:
 - so does a row of `Poison` for its image and its label, and one-hot targets are labels;
 - the metagradient through a whole victim, with flips and shifts, agrees with finite differences in
   float64, for pixels and targets; rows that no step used get exactly zero, all others do not;
+- the metagradient through max pooling is finite;
 - what the attack trains scores the same as what the harness trains, and it does learn;
 - augmentation gives the same images for the same key, of the same shape, each a mirrored or shifted
   one, and differentiates as the linear map that it is; every step of a run draws its own;
@@ -35,7 +36,7 @@ from sklearn.datasets import load_digits
 from poisonbench.errors import UserError
 from poisonbench.metagradient import metagradient
 from poisonbench.victim.evaluation import ValidationLoss, train, train_and_score
-from poisonbench.victim.recipe import Recipe
+from poisonbench.victim.recipe import STANDARD, Recipe
 from poisonbench.victim.training import (
     Poison,
     TrainingRun,
@@ -202,6 +203,18 @@ def test_metagradient_through_a_victim(digits: Digits) -> None:
 def said(state: TrainState, images: Array) -> Array:
     pixels = images.astype(jnp.float32) / 255
     return jax.vmap(lambda state: logits(RECIPE, 10, state, pixels))(state)
+
+
+def test_metagradient_through_max_pooling_is_finite(digits: Digits) -> None:
+    # At this width XLA computes what is pooled twice, in two ways; `jnp.max` gives NaN here.
+    recipe = STANDARD.replace(width=16, epochs=2, batch_size=100, learning_rate=0.1)
+    data = digits.clean().with_poison(POISONED, digits.labels[POISONED])
+    run, state = TrainingRun.start(recipe, data, keys(1))
+    images, labels = jnp.asarray(digits.test_images), jnp.asarray(digits.test_labels)
+    loss = ValidationLoss(recipe, 10, "cross_entropy", images, labels)
+    z = jnp.asarray(digits.images[POISONED], jnp.float32) / 255
+    _, gradient = metagradient(run, loss, state, run.num_steps, z)
+    assert float(jnp.abs(gradient).max()) > 0
 
 
 def test_victims_learn_and_the_harness_sees_what_the_attack_sees(digits: Digits) -> None:

@@ -8,7 +8,7 @@ scale of the logits.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,22 @@ def _halve(x: Array, recipe: Recipe) -> Array:
 
 
 def _reduce(x: Array, axes: tuple[int, int], recipe: Recipe) -> Array:
-    return x.max(axes) if recipe.pooling == "max" else x.mean(axes)
+    """The mean or the largest of each window, whose two axes these are."""
+    if recipe.pooling == "average":
+        return x.mean(axes)
+    for axis in axes:
+        x = reduce(_larger, jnp.split(x, x.shape[axis], axis))
+    return x.squeeze(axes)
+
+
+def _larger(a: Array, b: Array) -> Array:
+    """The larger of two, by a choice between them.
+
+    The derivative of `jnp.max` looks for the entries that equal the largest and divides by their
+    number, and that of `jnp.maximum` is built alike. Where XLA computes an entry twice in two ways,
+    none is equal, and the metagradient of a whole run is NaN.
+    """
+    return jnp.where(a >= b, a, b)
 
 
 @lru_cache(maxsize=64)

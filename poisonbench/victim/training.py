@@ -143,9 +143,13 @@ class TrainingRun:
 
 def _start(recipe: Recipe, data: TrainingSet, keys: Key[Array, " seeds"]) -> tuple[Array, TrainState]:
     per_epoch = recipe.steps_per_epoch(len(data.labels))
-    return _start_compiled(
-        recipe, tuple(data.images.shape[1:]), data.num_classes, per_epoch, len(data.labels), keys
-    )
+    shape = tuple(data.images.shape[1:])
+    # One by one, so that one compilation, which is slow, serves any number of seeds.
+    starts = [
+        _start_compiled(recipe, shape, data.num_classes, per_epoch, len(data.labels), keys[i : i + 1])
+        for i in range(len(keys))
+    ]
+    return jax.tree.map(lambda *seeds: jnp.concatenate(seeds), *starts)
 
 
 @jax.jit(static_argnums=(0, 1, 2, 3, 4))
