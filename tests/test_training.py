@@ -11,6 +11,7 @@ here:
 - the metagradient through a whole victim, with flips and shifts, agrees with finite differences in
   float64, for pixels and targets; rows that no step used get exactly zero, all others do not;
 - the metagradient through max pooling is finite;
+- over 200 steps in float32 all schedules agree to 1e-4, with plain autodiff too;
 - what the attack trains scores the same as what the harness trains, and it does learn;
 - augmentation gives the same images for the same key, of the same shape, each a mirrored or shifted
   one, and differentiates as the linear map that it is; every step of a run draws its own;
@@ -196,15 +197,6 @@ def test_metagradient_through_a_victim(digits: Digits) -> None:
     gradcheck.assert_gradient(lambda z: metagradient(run, loss, state, steps, z)[0], z, gradient)
 
 
-# ---------------------------------------------------------------- scores
-
-
-@jax.jit
-def said(state: TrainState, images: Array) -> Array:
-    pixels = images.astype(jnp.float32) / 255
-    return jax.vmap(lambda state: logits(RECIPE, 10, state, pixels))(state)
-
-
 def test_metagradient_through_max_pooling_is_finite(digits: Digits) -> None:
     # At this width XLA computes what is pooled twice, in two ways; `jnp.max` gives NaN here.
     recipe = STANDARD.replace(width=16, epochs=2, batch_size=100, learning_rate=0.1)
@@ -215,6 +207,38 @@ def test_metagradient_through_max_pooling_is_finite(digits: Digits) -> None:
     z = jnp.asarray(digits.images[POISONED], jnp.float32) / 255
     _, gradient = metagradient(run, loss, state, run.num_steps, z)
     assert float(jnp.abs(gradient).max()) > 0
+
+
+@pytest.mark.slow
+def test_schedules_agree_on_a_long_run_in_float32(digits: Digits) -> None:
+    recipe = RECIPE.replace(width=4, epochs=20, learning_rate=0.1)
+    data = digits.clean().with_poison(POISONED, digits.labels[POISONED])
+    run, state = TrainingRun.start(recipe, data, keys(1))
+    assert run.num_steps == 200
+    images, labels = jnp.asarray(digits.test_images), jnp.asarray(digits.test_labels)
+    loss = ValidationLoss(recipe, 10, "cross_entropy", images, labels)
+    z = jnp.asarray(digits.images[POISONED], jnp.float32) / 255
+    schedules: list[dict[str, Any]] = [
+        {"schedule": "store_all"}, {"schedule": "tree"}, {"schedule": "binomial", "max_states": 5},
+        {"max_states": 20, "offload": "host"},
+    ]  # fmt: skip
+    first, *others = (metagradient(run, loss, state, 200, z, **how)[1] for how in schedules)
+
+    def unrolled(z: Array) -> Array:
+        one = jax.checkpoint(lambda state, t: (run(state, t, z), None))
+        return loss(jax.lax.scan(one, state, jnp.arange(200))[0])
+
+    for gradient in (*others, jax.jit(jax.grad(unrolled))(z)):
+        assert gradcheck.relative_error(gradient, first) <= 1e-4
+
+
+# ---------------------------------------------------------------- scores
+
+
+@jax.jit
+def said(state: TrainState, images: Array) -> Array:
+    pixels = images.astype(jnp.float32) / 255
+    return jax.vmap(lambda state: logits(RECIPE, 10, state, pixels))(state)
 
 
 def test_victims_learn_and_the_harness_sees_what_the_attack_sees(digits: Digits) -> None:
