@@ -36,7 +36,7 @@ class Row:
         name: the attack, with the options that tell it from its neighbours.
         control: which of the controls that every table should have it is, if any. A poison that
             was handed in is none, whatever it is called.
-        rank: its place, from 1; None where the record is marked invalid.
+        rank: its place, from 1; None where the record is set aside.
         tied: another row has the same rank.
     """
 
@@ -88,7 +88,7 @@ class Game:
         recipes: the victims, the one that decides the ranks first.
         seeds: how many pairs of victims there are of each.
         ranked: valid rows, best first.
-        invalid: rows marked invalid.
+        set_aside: rows marked invalid or superseded.
         missing: controls that no valid row is.
     """
 
@@ -99,7 +99,7 @@ class Game:
     recipes: list[str]
     seeds: dict[str, int]
     ranked: list[Row]
-    invalid: list[Row]
+    set_aside: list[Row]
     missing: list[str]
 
 
@@ -178,7 +178,7 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
     controls = ("none", "noise", *(FLIPS if first.budget.labels == "free" else ()))
     telling = _telling_options([record for _, record in group])
     ranked: list[Row] = []
-    invalid: list[Row] = []
+    set_aside: list[Row] = []
     for folder, record in group:
         kind = _name(record, {"spread"})
         row = Row(
@@ -188,13 +188,13 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
             name=_name(record, telling.get(record.attack, ())),
             control=kind if kind in controls else None,
         )
-        (ranked if record.status == "valid" else invalid).append(row)
+        (ranked if record.status == "valid" else set_aside).append(row)
     ranked = _with_ranks(ranked, recipes[0])
     there = {row.control for row in ranked}
     return Game(
         track=first.track, frozen=not _changes(first), title=title, slug=slug,
         recipes=recipes, seeds=seeds, ranked=ranked,
-        invalid=sorted(invalid, key=lambda row: row.folder),
+        set_aside=sorted(set_aside, key=lambda row: row.folder),
         missing=[control for control in controls if control not in there],
     )  # fmt: skip
 

@@ -91,7 +91,7 @@ def _files(games: list[Game]) -> dict[Path, str]:
     page = _template("results.md.j2").render(
         tracks=tracks,
         custom=[game for game in games if not game.frozen],
-        invalid=[(game, row) for game in games for row in game.invalid],
+        set_aside=[(game, row) for game in games for row in game.set_aside],
         percent=f"{CONFIDENCE:.0%}".replace("%", " %"),
     )
     tables = {Path("tables", f"{game.slug}.csv"): _csv(game) for game in games}
@@ -116,7 +116,7 @@ def _inserted(readme: Path, results: Path, games: list[Game]) -> str:
 
 
 def _csv(game: Game) -> str:
-    rows = [_flat(game, row) for row in game.ranked + game.invalid]
+    rows = [_flat(game, row) for row in game.ranked + game.set_aside]
     # As objects, so that a rank that one row lacks does not turn the others into floats.
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 

@@ -129,7 +129,8 @@ class Record(_Frozen):
         crafting_seconds, evaluation_seconds: wall time on `hardware`.
         command: what reproduces it.
         code: version of poisonbench; the git commit and whether the tree was dirty, where known.
-        status: `valid`, or `invalid` with the reason in `remark`.
+        status: `valid`; or `invalid`, or `superseded` by a later run of the same, with the reason in
+            `remark`.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -154,7 +155,7 @@ class Record(_Frozen):
     code: dict[str, str | bool | None]
     libraries: dict[str, str]
     hardware: Hardware
-    status: Literal["valid", "invalid"] = "valid"
+    status: Literal["valid", "invalid", "superseded"] = "valid"
     remark: str = ""
 
     @model_validator(mode="after")
@@ -166,8 +167,8 @@ class Record(_Frozen):
             raise ValueError(f"no scores on the surrogate recipe {self.surrogate}")
         if self.num_poison > self.budget.count(self.num_train):
             raise ValueError("more images are poisoned than the budget allows")
-        if self.status == "invalid" and not self.remark:
-            raise ValueError("an invalid record needs a remark that says why")
+        if self.status != "valid" and not self.remark:
+            raise ValueError(f"a record marked {self.status} needs a remark that says why")
         return self
 
     def victim(self, name: str) -> VictimScores | None:

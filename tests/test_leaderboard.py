@@ -10,7 +10,7 @@ Claims of `poisonbench.leaderboard` tested here:
 - a record that changes a track, or says it does not and does, stands apart from the track's own;
 - ranks tie where intervals do not part, rows are in order of rank, then of drop;
 - controls are marked, a table names those that it lacks, and a handed-in poison is no control;
-- records marked invalid are shown with the reason, and neither ranked nor counted as controls;
+- records marked invalid or superseded are shown with the reason, and neither ranked nor counted as controls;
 - text from a record is shown as it is: no link, emphasis, HTML, new cell, new line or formula;
 - `check` finds an edited, a missing and a left-over table, and writes nothing;
 - only what stands between the markers of a page is replaced; a page without them is refused;
@@ -314,17 +314,17 @@ def test_options_that_differ_are_shown(tmp_path: Path) -> None:
 
 def test_invalid_records_are_marked(tmp_path: Path) -> None:
     wrong = make("best", 50, status="invalid", remark="trained on | test")
-    results = put(tmp_path, make("mgd", 10), wrong, make("noise", status="invalid", remark="twice"))
-    ranked, invalid = page(results).split("## Invalid records")
+    results = put(tmp_path, make("mgd", 10), wrong, make("noise", status="superseded", remark="twice"))
+    ranked, invalid = page(results).split("## Invalid and superseded records")
     assert [row[:2] for row in rows(ranked)] == [["1", "mgd"]]
     assert "| best |" not in ranked
     assert "Controls missing: none, noise." in ranked
-    assert r"| best | digits: replace, fixed labels, any pixels, 0.025 of the set |" in invalid
+    assert r"| best | digits: replace, fixed labels, any pixels, 0.025 of the set | invalid |" in invalid
     assert (
         r"| trained on \| test | 2025-03-01 | [record](digits/best/none/run-0/record.json) |" in invalid
     )
     (table,) = csvs(results).values()
-    assert table["status"].tolist() == ["valid", "invalid", "invalid"]
+    assert table["status"].tolist() == ["valid", "invalid", "superseded"]
 
 
 def test_a_table_of_invalid_records_only(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def shortened(stored: dict[str, Any]) -> None:
         (at("created", to="2025-03-01T12:30:00"), "created"),
         (at("status", to="best"), "status"),
         (at("status", to="invalid"), "needs a remark"),
+        (at("status", to="superseded"), "needs a remark"),
         (at("attack", to="../../x"), "attack"),
         (at("defense", to="a b"), "defense"),
         (at("track", to="x" * 65), "track"),
