@@ -176,7 +176,7 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
     seeds = {victim.recipe_name: len(victim.seeds) for victim in first.victims}
     recipes = sorted(seeds, key=lambda name: (name != first.surrogate, name))
     controls = ("none", "noise", *(FLIPS if first.budget.labels == "free" else ()))
-    telling = _telling_options([record for _, record in group])
+    telling = _telling_options([record for _, record in group if record.status == "valid"])
     ranked: list[Row] = []
     set_aside: list[Row] = []
     for folder, record in group:
