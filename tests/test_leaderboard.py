@@ -10,7 +10,8 @@ Claims of `poisonbench.leaderboard` tested here:
 - a record that changes a track, or says it does not and does, stands apart from the track's own;
 - ranks tie where intervals do not part, rows are in order of rank, then of drop;
 - controls are marked, a table names those that it lacks, and a handed-in poison is no control;
-- records marked invalid or superseded are shown with the reason, and neither ranked nor counted as controls;
+- records marked invalid or superseded are shown with the reason, neither ranked nor counted as
+  controls;
 - text from a record is shown as it is: no link, emphasis, HTML, new cell, new line or formula;
 - `check` finds an edited, a missing and a left-over table, and writes nothing;
 - only what stands between the markers of a page is replaced; a page without them is refused;
