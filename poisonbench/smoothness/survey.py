@@ -23,7 +23,7 @@ come from a root of their own, so none of these victims is one that a poison is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -267,7 +267,7 @@ class Surveyor:
         # On all of them, so that one compiled program serves the ranking and every choice of images.
         everything = np.arange(len(self.task.train_labels))
         data = self._set.with_poison(everything, self.task.train_labels)
-        run, state = self._start(data, keys, seed, seed + 1)
+        run, state = TrainingRun.start(self.task.recipe, data, keys[seed : seed + 1])
         z = jnp.asarray(self._pixels(everything))
         try:
             _, gradient = metagradient(run, self._loss, state, run.num_steps, z)
@@ -297,25 +297,13 @@ class Surveyor:
         parts: list[tuple[np.ndarray, ...]] = []
         stop = len(self._keys) if stop is None else stop
         for i in range(0, stop, harness.GROUP):
-            run, state = self._start(data, self._keys, i, min(stop, i + harness.GROUP))
+            group = self._keys[i : min(stop, i + harness.GROUP)]
+            run, state = TrainingRun.start(self.task.recipe, data, group)
             state = train(run, state, jnp.asarray(z))
             loss, accuracy = _judge(self._loss, state)
             leaves = [np.asarray(x).reshape(len(x), -1) for x in jax.tree.leaves(state.params)]
             parts.append((np.asarray(loss), np.asarray(accuracy), np.concatenate(leaves, axis=1)))
         return Trained(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-    def _start(
-        self, data: TrainingSet, keys: Key[Array, " seeds"], first: int, last: int
-    ) -> tuple[TrainingRun, TrainState]:
-        """A run of some of the seeds, and its initial state."""
-        # Started whole groups at a time and cut, since compiling the start for one more number of
-        # seeds takes longer than the starts.
-        begin = first // harness.GROUP * harness.GROUP
-        group = slice(begin, begin + harness.GROUP)
-        run, state = TrainingRun.start(self.task.recipe, data, keys[group])
-        cut = slice(first - begin, last - begin)
-        run = replace(run, keys=run.keys[cut], order=run.order[cut])
-        return run, jax.tree.map(lambda x: x[cut], state)
 
     def _pixels(self, indices: Int[np.ndarray, " p"]) -> Float[np.ndarray, "p ..."]:
         return self.task.train_images[indices].astype(np.float32) / np.float32(255)
