@@ -21,14 +21,13 @@ from matplotlib.figure import Figure
 from poisonbench import metagradient as engine
 from poisonbench._files import replacing, write_text
 from poisonbench.metagradient import replay, schedule
+from poisonbench.metagradient.planning import Plan, plan
 from poisonbench.metagradient.schedule import (
     Advance,
     Keep,
-    Plan,
     Record,
     Restore,
     Reverse,
-    plan,
 )
 
 HERE = Path(__file__).parent

@@ -7,6 +7,7 @@ Claims of the docstrings of `poisonbench.metagradient` tested here:
 - Adam without `eps_root` is warned of, and only that; the NaN that it warns of is real;
 - interrupted after any leaf, a backward pass goes on from its file to the same bytes, runs no step
   twice, and removes the file; a spoilt file is set aside, one of another run is refused;
+- a run in one leaf keeps no more of its states than the derivative reads, and memory is counted so;
 - several seeds go at once through `jax.vmap`, with the gradient of each;
 - a batch sharded over four devices gives the same gradient, and the work is really shared;
 - a run of 10,000 steps stays within the memory that was promised.
@@ -31,7 +32,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array
 
 from poisonbench.errors import UserError
-from poisonbench.metagradient import AdamWithoutEpsRoot, NonFiniteError, metagradient, plan
+from poisonbench.metagradient import AdamWithoutEpsRoot, NonFiniteError, metagradient, plan, programs
 
 PyTree = Any
 POINTS = jax.random.normal(jax.random.key(0), (20, 3))
@@ -197,6 +198,36 @@ def test_a_spoilt_checkpoint_is_set_aside_and_anothers_refused(
     assert same(call(POINTS), expected)
     assert "is corrupt" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["pass.corrupt-1.safetensors"]
+
+
+# ---------------------------------------------------------------- what is recorded of a state
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_one_leaf_records_what_the_derivative_reads(fits: bool) -> None:
+    ran: list[int] = []
+    size, num_steps = 1009, 30
+
+    def step(state: PyTree, t: Array, z: Array) -> PyTree:
+        jax.debug.callback(lambda t: ran.append(int(t)), t)
+        velocity = 0.9 * state["velocity"] + jnp.sin(state["at"] * z)
+        return {"at": state["at"] - 0.05 * velocity, "velocity": velocity, "flag": ~state["flag"]}
+
+    begin = {"at": jnp.ones(size), "velocity": jnp.zeros(size), "flag": jnp.array(False)}
+    assert programs.leaves_read(Partial(step), begin, jnp.ones(size)) == (True, False, False)
+    shapes: list[set[tuple[int, ...]]] = []
+
+    def look(*_: int) -> None:
+        shapes.append({x.shape for x in jax.live_arrays() if x.shape[-1:] == (size,)})
+
+    memory = num_steps * 4 * size - (not fits)
+    arguments = (step, lambda s: jnp.square(s["at"]).sum(), begin, num_steps, 0.5 * jnp.ones(size))
+    gradient = metagradient(*arguments, memory=memory, progress=look)[1]
+    jax.effects_barrier()
+    assert (len(ran) == 2 * num_steps) == fits
+    buffers = {shape[0] for shape in set.union(*shapes) if len(shape) == 2}
+    assert buffers == ({num_steps} if fits else {memory // (8 * size + 1)})
+    assert gradcheck.relative_error(gradient, metagradient(*arguments, schedule="tree")[1]) <= 1e-5
 
 
 # ---------------------------------------------------------------- many seeds, many devices, many steps

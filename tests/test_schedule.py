@@ -30,17 +30,16 @@ from typing import Any
 import pytest
 
 from poisonbench.errors import UserError
+from poisonbench.metagradient.planning import Plan, plan
 from poisonbench.metagradient.schedule import (
     Action,
     Advance,
     Finish,
     Keep,
-    Plan,
     Record,
     Restore,
     Reverse,
     Schedule,
-    plan,
 )
 
 ARITIES = range(2, 17)
@@ -248,6 +247,15 @@ def test_memory_is_a_bound_in_bytes(memory: int | str, size: int) -> None:
     counted = plan(100, memory=memory, state_bytes=state_bytes)
     assert counted == replace(plan(100, max_states=7), state_bytes=state_bytes)
     assert counted.bytes == 7 * state_bytes <= size
+
+
+def test_one_leaf_is_counted_by_what_it_records() -> None:
+    sizes = {"state_bytes": 10, "recorded_bytes": 4}
+    assert plan(50, memory=200, **sizes) == replace(plan(50, "store_all"), state_bytes=4)
+    assert plan(50, memory=199, **sizes) == replace(plan(50, max_states=19), state_bytes=10)
+    # States that are kept one by one are kept whole.
+    with pytest.raises(UserError, match=r"\(500 bytes\), and 20 fit"):
+        plan(50, "store_all", leaf=1, memory=200, **sizes)
 
 
 @pytest.mark.parametrize("num_steps", [2, 10, 100, 1000])

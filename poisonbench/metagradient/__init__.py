@@ -2,7 +2,7 @@
 
 from poisonbench.metagradient.checks import AdamWithoutEpsRoot as AdamWithoutEpsRoot
 from poisonbench.metagradient.checks import NonFiniteError as NonFiniteError
+from poisonbench.metagradient.planning import Plan as Plan
+from poisonbench.metagradient.planning import plan as plan
 from poisonbench.metagradient.replay import metagradient as metagradient
-from poisonbench.metagradient.schedule import Plan as Plan
-from poisonbench.metagradient.schedule import plan as plan
 from poisonbench.metagradient.states import state_bytes as state_bytes

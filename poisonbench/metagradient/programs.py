@@ -2,18 +2,20 @@
 
 Bounds and slots are arguments, so one compilation serves every segment of every run. The states
 that are kept lie in one buffer of `capacity` states, donated from program to program, so that no
-more memory is taken than the schedule promises.
+more memory is taken than the schedule promises. A buffer in which nothing but a leaf is recorded leaves
+out what of a state the derivative does not read, such as a momentum: see `leaves_read`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, Bool, Int
 
 PyTree = Any
@@ -59,22 +61,52 @@ def all_finite(leaves: list[Array]) -> Bool[Array, ""]:
     return jnp.array([jnp.isfinite(x).all() for x in leaves], bool).all()
 
 
-@partial(jax.jit, static_argnums=1)
-def allocate(state: PyTree, capacity: int) -> PyTree:
-    """A buffer for `capacity` states."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (capacity, *x.shape)), state)
+@partial(jax.jit, static_argnums=(1, 2))
+def allocate(state: PyTree, capacity: int, read: tuple[bool, ...]) -> PyTree:
+    """A buffer for `capacity` states; None in place of every leaf that is not `read`."""
+    structure: Any
+    leaves, structure = jax.tree.flatten(state)
+    return structure.unflatten(
+        [
+            jnp.broadcast_to(x, (capacity, *x.shape)) if wanted else None
+            for x, wanted in zip(leaves, read, strict=True)
+        ]
+    )
 
 
 @partial(jax.jit, donate_argnums=0)
 def keep(buffer: PyTree, state: PyTree, slot: Int[Array, ""]) -> PyTree:
     """The buffer with `state` in a slot; written nowhere where there is no such slot."""
-    return jax.tree.map(lambda b, x: b.at[slot].set(x, mode="drop"), buffer, state)
+    return _paired(lambda b, x: None if b is None else b.at[slot].set(x, mode="drop"), buffer, state)
 
 
 @jax.jit
-def restore(buffer: PyTree, slot: Int[Array, ""]) -> PyTree:
-    """The state in a slot."""
-    return jax.tree.map(lambda b: b[slot], buffer)
+def restore(buffer: PyTree, slot: Int[Array, ""], like: PyTree) -> PyTree:
+    """The state in a slot, with the leaves of `like` for those that the buffer leaves out."""
+    return _paired(lambda b, x: x if b is None else b[slot], buffer, like)
+
+
+def _paired(function: Callable[[Any, Any], Any], buffer: PyTree, state: PyTree) -> PyTree:
+    return jax.tree.map(function, buffer, state, is_leaf=lambda x: x is None)
+
+
+def leaves_read(step: Step, state: PyTree, z: PyTree) -> tuple[bool, ...]:
+    """Which leaves of a state the derivative of a step reads, in the order of `jax.tree.leaves`.
+
+    An update that is linear in part of the state, as in its momentum, has the same derivative
+    whatever that part is.
+    """
+    adjoint = split(state)[0]
+    traced = _pull_back.trace(step, state, jnp.int32(0), z, adjoint).jaxpr
+    # One variable for each leaf of the arguments; the state's follow those of the step.
+    before, count = len(jax.tree.leaves(step)), len(jax.tree.leaves(state))
+    return _inputs_used(traced)[before : before + count]
+
+
+@lru_cache(maxsize=64)
+def _inputs_used(traced: Any) -> tuple[bool, ...]:
+    used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))[1]
+    return tuple(bool(x) for x in used)
 
 
 @jax.jit
@@ -114,24 +146,34 @@ def reverse(
     stop: Int[Array, ""],
     z: PyTree,
     cotangents: Cotangents,
+    like: PyTree,
 ) -> Cotangents:
     """Pull cotangents back through the steps `stop - 1 … start`, whose states lie from `slot` on."""
-    z_floating, z_join = split(z)
 
     def body(i: Array, so_far: Cotangents) -> Cotangents:
         t = stop - 1 - i
-        floating, join = split(restore(buffer, slot + t - start))
-
-        def floating_step(floating: list[Array], z_floating: list[Array]) -> list[Array]:
-            return split(step(join(floating), t, z_join(z_floating)))[0]
-
-        _, pull_back = jax.vjp(floating_step, floating, z_floating)
-        adjoint, more = pull_back(so_far.adjoint)
+        state = restore(buffer, slot + t - start, like)
+        adjoint, more = _pull_back(step, state, t, z, so_far.adjoint)
         gradient = [a + b for a, b in zip(so_far.gradient, more, strict=True)]
         broke_here = (so_far.broken_at < 0) & ~(all_finite(adjoint) & all_finite(more))
         return Cotangents(adjoint, gradient, jnp.where(broke_here, t, so_far.broken_at))
 
     return jax.lax.fori_loop(jnp.int32(0), stop - start, body, cotangents)
+
+
+@jax.jit
+def _pull_back(
+    step: Step, state: PyTree, t: Array, z: PyTree, adjoint: list[Array]
+) -> tuple[list[Array], list[Array]]:
+    """The adjoint before step `t`, and what the step adds to the gradient."""
+    floating, join = split(state)
+    z_floating, z_join = split(z)
+
+    def floating_step(floating: list[Array], z_floating: list[Array]) -> list[Array]:
+        return split(step(join(floating), t, z_join(z_floating)))[0]
+
+    before, more = jax.vjp(floating_step, floating, z_floating)[1](adjoint)
+    return before, more
 
 
 @partial(jax.jit, static_argnums=2)

@@ -6,11 +6,13 @@ the adjoint `A[T] = ∇φ(s[T])`, going backwards,
     A[t] = A[t+1] · ∂h/∂s (s[t], t, z)        ∇f = Σ_t A[t+1] · ∂h/∂z (s[t], t, z)
 
 so every state is needed once, in reverse. `schedule.py` says which to keep and which to replay,
-`states.py` where they are kept, and `programs.py` is what is compiled; this module runs a schedule.
+`planning.py` what that costs, `states.py` where they are kept, and `programs.py` is what is compiled;
+this module runs a schedule.
 
 Cost: `T` steps forward, `T` steps differentiated (a step and its vector-Jacobian product, two to
 three steps' time), and the schedule's repeated steps. Memory: the schedule's kept states and the
-residuals of one step.
+residuals of one step. A run that fits in one leaf keeps only what its derivative reads of a state,
+which leaves out a momentum.
 
 When not to use it: where the gradient of a smoothed objective is wanted, or where training is so
 unstable that the exact gradient says nothing about a step of useful size; the derivative is exact
@@ -38,6 +40,7 @@ from jaxtyping import Array
 from poisonbench.errors import UserError
 from poisonbench.metagradient import programs, states
 from poisonbench.metagradient.checks import check, check_finite
+from poisonbench.metagradient.planning import Plan, plan
 from poisonbench.metagradient.programs import Cotangents, Objective, PyTree, Step
 from poisonbench.metagradient.resume import Resume, identity
 from poisonbench.metagradient.schedule import (
@@ -45,12 +48,10 @@ from poisonbench.metagradient.schedule import (
     Advance,
     Finish,
     Keep,
-    Plan,
     Record,
     Restore,
     Reverse,
     Schedule,
-    plan,
 )
 
 DEFAULT_MEMORY = "2GiB"
@@ -135,16 +136,17 @@ def metagradient(
     check(step, objective, state, z, has_aux)
     if max_states is None and memory is None and schedule in ("auto", "binomial"):
         memory = DEFAULT_MEMORY
+    read = None if traced else programs.leaves_read(step, state, z)
     chosen = plan(
         num_steps, schedule, arity=arity, max_states=max_states, memory=memory,
         leaf=1 if leaf is None and offload != "device" else leaf,
-        state_bytes=states.state_bytes(state),
+        state_bytes=states.state_bytes(state), recorded_bytes=states.state_bytes(state, read),
     )  # fmt: skip
     resume = None
     if checkpoint is not None:
         who = identity(chosen, step, objective, state, z)
         resume = Resume(Path(checkpoint), checkpoint_every, who)
-    kept = states.make(offload, state, chosen.kept, chosen.longest)
+    kept = states.make(offload, state, chosen, read)
     run = _Run(step, objective, has_aux, z, chosen, kept, state, progress)
     with warnings.catch_warnings():
         if traced:  # what is batched may then grow as it goes, and a donated buffer go unused
@@ -225,7 +227,7 @@ class _Run:
 
     def _reverse(self, action: Reverse, cotangents: Cotangents) -> Cotangents:
         bounds = (jnp.int32(x) for x in (self.kept.top, action.start, action.stop))
-        return programs.reverse(self.step, self.kept.buffer, *bounds, self.z, cotangents)
+        return programs.reverse(self.step, self.kept.buffer, *bounds, self.z, cotangents, self.kept.like)
 
 
 def _steps(action: Action) -> int:

@@ -20,15 +20,21 @@ from poisonbench import _checkpoint
 from poisonbench._files import require_writable
 from poisonbench.errors import UserError
 from poisonbench.metagradient import programs
+from poisonbench.metagradient.planning import Plan
 from poisonbench.metagradient.programs import PyTree
 
 Raw = list[np.ndarray]
 """The leaves of a pytree as bytes, each `[nbytes]`, uint8."""
 
 
-def state_bytes(state: PyTree) -> int:
-    """Bytes that one state takes; what a schedule's memory is counted in."""
-    return sum(_nbytes(x) for x in jax.tree.leaves(state))
+def state_bytes(state: PyTree, read: tuple[bool, ...] | None = None) -> int:
+    """Bytes that one state takes, or those of its leaves that are `read`."""
+    leaves = jax.tree.leaves(state)
+    return sum(
+        _nbytes(x)
+        for x, wanted in zip(leaves, _all(leaves) if read is None else read, strict=True)
+        if wanted
+    )
 
 
 def to_raw(tree: PyTree) -> Raw:
@@ -58,11 +64,13 @@ class Kept(ABC):
     Attributes:
         buffer: `capacity` states on the device; leaves are recorded from `top` on.
         top: the first slot of the buffer that is free.
+        like: a state, for its shapes.
     """
 
-    def __init__(self, state: PyTree, capacity: int) -> None:
-        self.buffer = programs.allocate(state, capacity)
+    def __init__(self, state: PyTree, capacity: int, read: tuple[bool, ...]) -> None:
+        self.buffer = programs.allocate(state, capacity, read)
         self.top = 0
+        self.like = state
 
     @abstractmethod
     def keep(self, state: PyTree) -> None:
@@ -88,19 +96,21 @@ class OnDevice(Kept):
     def restore(self) -> PyTree:
         """Pop."""
         self.top -= 1
-        return programs.restore(self.buffer, jnp.int32(self.top))
+        return self._at(self.top)
 
     def raw(self) -> list[Raw]:
         """Copies of all that is kept."""
-        return [to_raw(programs.restore(self.buffer, jnp.int32(slot))) for slot in range(self.top)]
+        return [to_raw(self._at(slot)) for slot in range(self.top)]
+
+    def _at(self, slot: int) -> PyTree:
+        return programs.restore(self.buffer, jnp.int32(slot), self.like)
 
 
 class OnHost(Kept):
     """States kept in host memory; the buffer on the device holds one leaf."""
 
-    def __init__(self, state: PyTree, capacity: int) -> None:
-        super().__init__(state, capacity)
-        self._like = state
+    def __init__(self, state: PyTree, capacity: int, read: tuple[bool, ...]) -> None:
+        super().__init__(state, capacity, read)
         self._kept: list[Raw] = []
 
     def keep(self, state: PyTree) -> None:
@@ -109,7 +119,7 @@ class OnHost(Kept):
 
     def restore(self) -> PyTree:
         """Pop."""
-        return from_raw(self._kept.pop(), self._like)
+        return from_raw(self._kept.pop(), self.like)
 
     def raw(self) -> list[Raw]:
         """Copies of all that is kept."""
@@ -123,10 +133,9 @@ class InFolder(Kept):
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, state: PyTree, capacity: int, folder: Path) -> None:
-        super().__init__(state, capacity)
+    def __init__(self, state: PyTree, capacity: int, read: tuple[bool, ...], folder: Path) -> None:
+        super().__init__(state, capacity, read)
         require_writable(folder)
-        self._like = state
         self._folder = folder
         self._count = 0
 
@@ -138,7 +147,7 @@ class InFolder(Kept):
     def restore(self) -> PyTree:
         """Pop."""
         self._count -= 1
-        state = from_raw(self._read(self._count), self._like)
+        state = from_raw(self._read(self._count), self.like)
         self._path(self._count).unlink()
         return state
 
@@ -160,13 +169,25 @@ class InFolder(Kept):
         return self._folder / f"state-{os.getpid()}-{number}.safetensors"
 
 
-def make(offload: str | os.PathLike[str], state: PyTree, kept: int, longest: int) -> Kept:
-    """The place that `offload` names: `device`, `host` or a folder."""
-    if offload == "device":
-        return OnDevice(state, kept)
+def make(
+    offload: str | os.PathLike[str], state: PyTree, chosen: Plan, read: tuple[bool, ...] | None
+) -> Kept:
+    """The place that `offload` names, `device`, `host` or a folder, with room for what is planned.
+
+    Args:
+        offload: as `metagradient` has it.
+        state: any of the run.
+        chosen: the schedule.
+        read: the leaves of a state that its derivative reads, None for all. Where nothing but
+            leaves is recorded on the device, no others are.
+    """
+    every = _all(jax.tree.leaves(state))
+    read = every if read is None else read
     if offload == "host":
-        return OnHost(state, longest)
-    return InFolder(state, longest, Path(offload))
+        return OnHost(state, chosen.longest, read)
+    if offload != "device":
+        return InFolder(state, chosen.longest, read, Path(offload))
+    return OnDevice(state, chosen.kept, read if chosen.one_leaf else every)
 
 
 def named(raw: Raw, prefix: str = "") -> dict[str, np.ndarray]:
@@ -177,6 +198,10 @@ def named(raw: Raw, prefix: str = "") -> dict[str, np.ndarray]:
 def unnamed(arrays: dict[str, np.ndarray], prefix: str = "") -> Raw:
     """The leaves that `named` named with that prefix."""
     return [arrays[name] for name in sorted(arrays) if name.startswith(prefix)]
+
+
+def _all(leaves: list[Any]) -> tuple[bool, ...]:
+    return (True,) * len(leaves)
 
 
 def _is_key(x: Any) -> bool:
