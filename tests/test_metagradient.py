@@ -455,7 +455,7 @@ def _drift(state: Array, t: Array, z: Array) -> Array:
         ({"schedule": "tree", "max_states": 3}, r"'tree' need at least \d+ kept states .* and 3 fit"),
         ({"schedule": "binomial", "max_states": 1}, r"need at least 2 kept states .* and 1 fit"),
         ({"schedule": "binomial", "max_states": 3, "leaf": 0}, "leaf must be at least 1"),
-        ({"schedule": "store_all", "max_states": 5}, r"need at least 6 kept states \(72 bytes\), and 5"),
+        ({"schedule": "store_all", "max_states": 5}, r"need at least 6 kept states \(48 bytes\), and 5"),
         ({"memory": 20}, r"need at least 2 kept states \(24 bytes\), and 1 fit"),
         ({"memory": 0, "num_steps": 1}, r"need at least 1 kept states .* and 0 fit"),
         ({"memory": -5}, r"need at least 2 kept states .* and 0 fit"),
