@@ -198,7 +198,7 @@ def test_metagradient_through_a_victim(digits: Digits) -> None:
 
 
 def test_metagradient_through_max_pooling_is_finite(digits: Digits) -> None:
-    # At this width XLA computes what is pooled twice, in two ways; `jnp.max` gives NaN here.
+    # With `x.max` in place of a choice between two, the metagradient of this run was NaN.
     recipe = STANDARD.replace(width=16, epochs=2, batch_size=100, learning_rate=0.1)
     data = digits.clean().with_poison(POISONED, digits.labels[POISONED])
     run, state = TrainingRun.start(recipe, data, keys(1))

@@ -156,8 +156,9 @@ def _larger(a: Array, b: Array) -> Array:
     """The larger of two, by a choice between them.
 
     The derivative of `jnp.max` looks for the entries that equal the largest and divides by their
-    number, and that of `jnp.maximum` is built alike. Where XLA computes an entry twice in two ways,
-    none is equal, and the metagradient of a whole run is NaN.
+    number, and that of `jnp.maximum` is built alike. With `x.max` the metagradient of a
+    whole run was NaN though each step was finite; the cause, which was not proved, is likely that
+    XLA computes an entry twice in two ways, and then none is equal.
     """
     return jnp.where(a >= b, a, b)
 
