@@ -1,10 +1,11 @@
 """All ways to convolve compute the same function, through second derivatives, in float64.
 
 Claims of the docstrings of `poisonbench.victim.convolution` tested here: on maps of every shape near
-where the way changes (whole map as one matrix up to 2×2, patches above), and with several channels,
-the matrix products and the library's convolution agree in value, in gradient, and in the gradient of
-a function of the gradient, each to 1e-12 relative. So does a sum over taps written in NumPy, for the
-value, lest both be wrong alike.
+where the way changes (whole map as one matrix up to 2×2, patches above), and with fewer, more and as
+many channels going in as come out (patches are cut from the side that has fewer), the matrix products
+and the library's convolution agree in value, in gradient, and in the gradient of a function of the
+gradient, each to 1e-12 relative; on one case each, so do third derivatives and several seeds in one
+`vmap`. So does a sum over taps written in NumPy, for the value, lest both be wrong alike.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from jaxtyping import Array
 from poisonbench.victim.convolution import Convolution, convolve, for_backend
 
 MAPS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 2), (3, 3), (4, 5), (8, 8)]
-CASES = [*((*shape, 2, 3) for shape in MAPS), (2, 2, 1, 1), (3, 3, 1, 4)]
+CHANNELS = [(2, 3), (3, 2), (2, 2)]
+CASES = [*((*shape, *channels) for shape in MAPS for channels in CHANNELS), (2, 2, 1, 1), (3, 3, 1, 4)]
 """Height, width, channels in and channels out."""
 
 
@@ -67,6 +69,29 @@ def test_matrix_is_library(case: tuple[int, int, int, int]) -> None:
         assert gradcheck.relative_error(found, expected) <= 1e-12
     expected = by_hand(np.asarray(images), np.asarray(kernel))
     np.testing.assert_allclose(matrix[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", [(2, 2, 2, 3), (4, 3, 3, 2), (4, 3, 2, 3)])
+def test_third_derivatives(case: tuple[int, int, int, int]) -> None:
+    images, kernel = example(*case)
+
+    def twice(kernel: Array, how: Convolution) -> Array:
+        return sum(jnp.cos(g).sum() for g in derivatives(how, images, kernel)[2])
+
+    third = jax.jit(jax.grad(twice), static_argnums=1)
+    assert gradcheck.relative_error(third(kernel, "matrix"), third(kernel, "library")) <= 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", [(2, 2, 2, 3), (4, 3, 3, 2), (4, 3, 2, 3)])
+def test_seeds_in_one_vmap(case: tuple[int, int, int, int]) -> None:
+    images, kernel = example(*case)
+    kernels = jnp.stack([kernel, 2 * kernel])
+    together = jax.vmap(lambda k: derivatives("matrix", images, k))(kernels)
+    apart = [compiled("matrix", images, k) for k in kernels]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *apart)
+    assert gradcheck.relative_error(together, stacked) <= 1e-12
 
 
 @pytest.mark.usefixtures("x64")
