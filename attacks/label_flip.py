@@ -1,10 +1,12 @@
-"""Label flips: wrong labels on untouched images, spread at random or concentrated on a class pair.
+"""Label flips: wrong labels on untouched images, at random, confident, or concentrated on a class pair.
 
-Random flips are the usual control and nearly harmless at small budgets. The same number of flips,
-all from one class to its nearest neighbour, moves the boundary between the two and is the attack to
-beat wherever labels are free.
+Random flips are the usual control and nearly harmless at small budgets. Confident ones give the
+images that clean victims are surest of the labels that they find least likely. The same number of
+flips, all from one class to its nearest neighbour, moves the boundary between the two and is the
+attack to beat wherever labels are free. (Flips ranked by metagradients are `mgd --steps 0`.)
 
-Cost: random, none; concentrated, `(candidates + 1) × trial_seeds` victim trainings.
+Cost: random, none; confident, `trial_seeds` victim trainings; concentrated,
+`(candidates + 1) × trial_seeds`.
 
 Measured on `digits` (12 of 500 images, ten pairs of smooth victims): 0.87 ± 0.30 points lost to
 random flips, 1.77 ± 0.49 to concentrated ones; see `results/README.md`.
@@ -20,7 +22,12 @@ from jaxtyping import PRNGKeyArray
 
 from poisonbench.attacks import Attack, Task
 from poisonbench.errors import UserError
-from poisonbench.flips import best_concentrated_flips, concentrated_flips, random_flips
+from poisonbench.flips import (
+    best_concentrated_flips,
+    concentrated_flips,
+    confident_flips,
+    random_flips,
+)
 from poisonbench.journal import Journal
 from poisonbench.threat import PoisonSet
 
@@ -30,16 +37,17 @@ class LabelFlip(Attack):
     """Change labels only.
 
     Attributes:
-        spread: `random` images and labels, or `concentrated` on one ordered class pair.
+        spread: `random` images and labels; the most `confident` images under their least likely
+            labels; or `concentrated` on one ordered class pair.
         source: class to flip, with `target`; None to search for the pair that hurts most.
         target: label that they get.
         candidates: pairs that the search tries.
-        trial_seeds: victims that it trains for each.
+        trial_seeds: victims that it trains for each; and those that say how likely a label is.
     """
 
     changes_labels = True
 
-    spread: Literal["random", "concentrated"] = "random"
+    spread: Literal["random", "confident", "concentrated"] = "random"
     source: int | None = None
     target: int | None = None
     candidates: int = 6
@@ -48,7 +56,7 @@ class LabelFlip(Attack):
     def __post_init__(self) -> None:
         if (self.source is None) != (self.target is None):
             raise UserError("give --source and --target together, or neither")
-        if self.spread == "random" and self.source is not None:
+        if self.spread != "concentrated" and self.source is not None:
             raise UserError("--source and --target need --spread concentrated")
         for name in ("candidates", "trial_seeds"):
             if getattr(self, name) < 1:
@@ -58,6 +66,8 @@ class LabelFlip(Attack):
         """The original pixels under wrong labels."""
         if self.spread == "random":
             flips = random_flips(task, key)
+        elif self.spread == "confident":
+            flips = confident_flips(task, key, seeds=self.trial_seeds)
         elif self.source is not None and self.target is not None:
             flips = concentrated_flips(task, self.source, self.target, jax.random.fold_in(key, 1))
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from poisonbench.attacks import Task
 from poisonbench.errors import UserError
@@ -33,10 +33,16 @@ class Flips:
     labels: np.ndarray
 
 
+def chosen_at_random(task: Task, key: PRNGKeyArray) -> Flips:
+    """As many images as the budget allows, drawn without replacement, with their own labels."""
+    indices = _choose(np.arange(len(task.train_labels)), task.num_poison, key)
+    return Flips(indices, task.train_labels[indices])
+
+
 def random_flips(task: Task, key: PRNGKeyArray) -> Flips:
     """Random images, each with a random wrong label."""
     pick, shift = jax.random.split(key)
-    indices = _choose(np.arange(len(task.train_labels)), task.num_poison, pick)
+    indices = chosen_at_random(task, pick).indices
     shifts = np.asarray(jax.random.randint(shift, (len(indices),), 1, task.num_classes))
     return Flips(indices, ((task.train_labels[indices] + shifts) % task.num_classes).astype(np.int32))
 
@@ -60,6 +66,20 @@ def concentrated_flips(task: Task, source: int, target: int, key: PRNGKeyArray) 
         )
     indices = _choose(members, task.num_poison, key)
     return Flips(indices, np.full(len(indices), target, np.int32))
+
+
+def confident_flips(task: Task, key: PRNGKeyArray, *, seeds: int) -> Flips:
+    """The images that clean victims are surest of, each with the label they find least likely.
+
+    Args:
+        task: what the attacker knows.
+        key: randomness of the victims.
+        seeds: victims to train.
+    """
+    said = _probabilities(task, jax.random.split(key, seeds), task.train_images)
+    sureness = said[np.arange(len(said)), task.train_labels]
+    surest = np.sort(np.argsort(-sureness, kind="stable")[: task.num_poison])
+    return Flips(surest.astype(np.int64), said[surest].argmin(1).astype(np.int32))
 
 
 def best_concentrated_flips(
@@ -100,6 +120,17 @@ def _choose(rows: np.ndarray, count: int, key: PRNGKeyArray) -> np.ndarray:
 
 def _nearest_pairs(task: Task, keys: Key[Array, " seeds"]) -> list[tuple[int, int]]:
     """Ordered pairs of classes, the most confused first."""
+    said = _probabilities(task, keys, task.val_images)
+    confusion = np.stack([said[task.val_labels == c].mean(0) for c in range(task.num_classes)])
+    closeness = confusion + confusion.T
+    pairs = [(a, b) for a in range(task.num_classes) for b in range(task.num_classes) if a != b]
+    return sorted(pairs, key=lambda pair: (-closeness[pair], pair))
+
+
+def _probabilities(
+    task: Task, keys: Key[Array, " seeds"], images: np.ndarray
+) -> Float[np.ndarray, "m classes"]:
+    """What victims trained on clean data say of images, on average."""
     clean = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
     state = _trained(task, clean, keys)
 
@@ -108,17 +139,8 @@ def _nearest_pairs(task: Task, keys: Key[Array, " seeds"]) -> list[tuple[int, in
         said = jax.vmap(lambda s: logits(task.recipe, task.num_classes, s, images))(state)
         return jax.nn.softmax(said).mean(0)
 
-    images = task.val_images
-    said = np.concatenate(
-        [
-            probabilities(state, jnp.asarray(images[i : i + 500]) / 255)
-            for i in range(0, len(images), 500)
-        ]
-    )
-    confusion = np.stack([said[task.val_labels == c].mean(0) for c in range(task.num_classes)])
-    closeness = confusion + confusion.T
-    pairs = [(a, b) for a in range(task.num_classes) for b in range(task.num_classes) if a != b]
-    return sorted(pairs, key=lambda pair: (-closeness[pair], pair))
+    chunks = [images[i : i + 500] for i in range(0, len(images), 500)]
+    return np.concatenate([probabilities(state, jnp.asarray(chunk) / 255) for chunk in chunks])
 
 
 def _validation_error(task: Task, flips: Flips, keys: Key[Array, " seeds"]) -> float:

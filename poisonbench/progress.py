@@ -58,3 +58,8 @@ class Progress:
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Move on, and say how things stand."""
         self._rich.update(self._task, advance=steps, note=note)
+
+
+def say(text: str) -> None:
+    """A line on standard error, for what is worth knowing before the end."""
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)

@@ -209,7 +209,10 @@ def load_data(setting: Setting) -> data.Dataset:
 def _crafting_sources() -> str:
     """The library's code that decides a poison."""
     root = Path(__file__).parent
-    names = ("compute.py", "data.py", "flips.py", "threat.py", "metagradient/*.py", "victim/*.py")
+    names = (
+        "ascent.py", "compute.py", "data.py", "flips.py", "threat.py", "metagradient/*.py",
+        "victim/*.py",
+    )  # fmt: skip
     return "".join(path.read_text("utf-8") for name in names for path in sorted(root.glob(name)))
 
 

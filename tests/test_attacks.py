@@ -33,7 +33,10 @@ GAMES = [
     Budget(fraction=0.1, labels="free", pixels=LInf(radius=8)),
     Budget(fraction=0.1, pixels=LInf(radius=8)),
 ]
-CHEAP = {"steps": "3", "check_every": "2", "check_seeds": "2", "start_seeds": "2", "candidates": "2"}
+CHEAP = {
+    "steps": "3", "check_every": "2", "check_seeds": "2", "start_seeds": "2", "trial_seeds": "2",
+    "candidates": "2",
+}  # fmt: skip
 """Values for options of these names, wherever an attack has one, so that the suite is quick."""
 
 

@@ -1,0 +1,117 @@
+"""Evolution strategies: the same ascent as `mgd`, along a gradient estimated from losses alone.
+
+The gradient of the loss smoothed by a Gaussian is estimated from antithetic pairs of whole training
+runs,
+
+    g = mean over pairs of (φ(A(z + σε, ω)) - φ(A(z - σε, ω))) ε / 2σ,    ε ~ N(0, 1) per pixel,
+
+with the same `ω` (initialisation, order, augmentation) within a pair and a fresh one for each. It needs
+no derivative of anything: victims that cannot be differentiated can be attacked so. What exact
+metagradients buy is what `mgd` gains over this attack at the same number of training runs.
+
+Estimator: Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement Learning",
+2017, https://arxiv.org/abs/1703.03864; with a common `ω` in a pair as in the training of learned
+optimizers (Metz et al., "VeLO", 2022, https://arxiv.org/abs/2211.09760). No published use of it for
+poisoning was found.
+
+What is left open, and how it is settled here:
+
+- *Which images, and which labels.* At random with their own labels, or the best concentrated flips;
+  ranking by influence would take the very metagradients that this attack does without.
+- *Perturbed pixels* may leave [0, 1] by a few σ: clipping them would bias the estimate where pixels
+  lie at the budget's bounds, and a victim trains on any number.
+- *Everything else* as in `mgd`: Adam, its falling step size, the projection, the checks.
+
+Cost: `steps × 2 × pairs` victim trainings, and `check_seeds` at every check. A metastep of two pairs
+costs what a metagradient does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from poisonbench.ascent import Ascent, Problem, require_at_least_one
+from poisonbench.attacks import Task
+from poisonbench.errors import UserError
+from poisonbench.flips import Flips, best_concentrated_flips, chosen_at_random
+from poisonbench.journal import Journal
+from poisonbench.threat import Budget
+from poisonbench.victim.evaluation import ValidationLoss, train
+from poisonbench.victim.training import TrainingRun, TrainState
+
+
+@dataclass(frozen=True)
+class ES(Ascent):
+    """Antithetic evolution strategies; the other options are those of `Ascent`.
+
+    Attributes:
+        pairs: antithetic pairs averaged in a metastep.
+        sigma: standard deviation of the perturbation, in pixel units (1 is the whole range).
+        start: which images: `random`, with their own labels, or the best concentrated `flips`
+            (labels must be free).
+        start_seeds: victims trained for each pair of flips.
+        candidates: class pairs tried in search of flips.
+    """
+
+    pairs: int = 2
+    sigma: float = 0.1
+    start: Literal["random", "flips"] = "random"
+    start_seeds: int = 5
+    candidates: int = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least_one(self, "pairs", "start_seeds", "candidates")
+        if not self.sigma > 0:
+            raise UserError("--sigma must be above 0")
+
+    def require(self, budget: Budget) -> None:
+        """Flips as a start need free labels."""
+        if self.start == "flips" and budget.labels == "fixed":
+            raise UserError("es cannot start from flips while labels are fixed: give --labels free")
+
+    def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> Flips:
+        """The images that the start names, and the labels that they get."""
+        if self.start == "random":
+            return chosen_at_random(task, key)
+        return best_concentrated_flips(
+            task, key, journal, candidates=self.candidates, seeds=self.start_seeds
+        )
+
+    def gradient(
+        self, problem: Problem, z: Float[Array, "p h w c"], key: PRNGKeyArray, when: str
+    ) -> tuple[float, Float[Array, "p h w c"]]:
+        """The mean loss of all runs, and the estimate over all pairs."""
+        noise_key, run_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, (self.pairs, *z.shape))
+        run, state = TrainingRun.start(
+            problem.recipe, problem.data, jnp.repeat(jax.random.split(run_key, self.pairs), 2)
+        )
+        signed = jnp.stack([noise, -noise], axis=1).reshape(-1, *z.shape)
+        losses = np.asarray(_losses(problem.loss, run, state, z[None] + self.sigma * signed))
+        if not np.isfinite(losses).all():
+            raise UserError(
+                f"{when}, a victim's loss is not finite: lower --sigma, or the learning rate, as by"
+                " --set smooth.learning_rate=…"
+            )
+        slope = jnp.asarray(losses[0::2] - losses[1::2]) / (2 * self.sigma * self.pairs)
+        return float(losses.mean()), jnp.tensordot(slope, noise, 1)
+
+
+@jax.jit
+def _losses(
+    loss: ValidationLoss, run: TrainingRun, state: TrainState, z: Float[Array, "runs p h w c"]
+) -> Float[Array, " runs"]:
+    """The loss after each run, which has a poison of its own."""
+
+    def one(key: PRNGKeyArray, order: Array, state: TrainState, z: Array) -> Array:
+        alone = TrainingRun(run.recipe, run.data, key[None], order[None])
+        return loss(train(alone, jax.tree.map(lambda x: x[None], state), z))
+
+    return jax.vmap(one)(run.keys, run.order, state, z)

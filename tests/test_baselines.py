@@ -1,0 +1,152 @@
+"""The baselines do what their papers say: evolution strategies, gradient cancelling, confident flips.
+
+Claims tested here, each with a control that fails:
+
+- as its perturbations shrink, the estimate of `es` from one pair is the exact metagradient's
+  component along the perturbation, in the same run; in a run of another seed it is not;
+- the most that an image can take off a classifier's gradient is Lambert's function of the paper's
+  argument, and no image does better; with too few poisons for that bound, cancelling fails;
+- `gradcancel` cancels more of the gradient than the images it starts from do, and what it states as
+  left is what is left, summed image by image;
+- GradPC's targets do worse on the training set the larger their radius, and stay within it;
+- confident flips are of the images that victims are surest of, and give them the least likely class.
+
+The problem: 100 digits of 8×8, a ResNet-9 of width 4, eight epochs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from poisonbench import attacks, flips
+from poisonbench.ascent import Problem
+from poisonbench.attacks import Task, es, gradcancel
+from poisonbench.data import DataSpec, load
+from poisonbench.journal import Journal
+from poisonbench.metagradient import metagradient
+from poisonbench.threat import Budget
+from poisonbench.tracks import DIGITS
+from poisonbench.victim.training import TrainingRun
+
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    digits = load(DataSpec(name="digits", train_size=100, val_size=200, test_size=100))
+    learns = DIGITS.recipes["smooth"].replace(width=4, batch_size=25, epochs=8, norm_momentum=0.8)
+    return Task.of(digits, Budget(fraction=0.1), learns)
+
+
+def test_a_pair_measures_the_metagradient_along_its_perturbation(task: Task) -> None:
+    chosen = flips.chosen_at_random(task, KEY)
+    problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
+    z = jnp.asarray(task.train_images[chosen.indices], jnp.float32) / 255
+    _, estimate = es.ES(pairs=1, sigma=0.003).gradient(problem, z, KEY, "")
+
+    noise_key, run_key = jax.random.split(KEY)
+    noise = jax.random.normal(noise_key, z.shape)
+
+    def along(key: Any) -> float:
+        run, state = TrainingRun.start(problem.recipe, problem.data, key[None])
+        return float(jnp.vdot(metagradient(run, problem.loss, state, run.num_steps, z)[1], noise))
+
+    measured = float(jnp.vdot(estimate, noise) / jnp.vdot(noise, noise))
+    same, other = (along(jax.random.split(key, 1)[0]) for key in (run_key, noise_key))
+    assert measured == pytest.approx(same, rel=0.02)
+    assert measured != pytest.approx(other, rel=0.2)
+
+
+@pytest.mark.parametrize(("classes", "most"), [(2, 0.2785), (10, 1.101)])
+def test_what_one_image_can_take_off(classes: int, most: float) -> None:
+    assert gradcancel.most_taken_off(classes) == pytest.approx(most, rel=1e-3)
+    said = 10 * np.random.default_rng(0).normal(size=(10_000, classes))
+    chance = np.asarray(jax.nn.softmax(said))
+    taken = said[:, 0] - (chance * said).sum(1)
+    assert taken.max() <= most + 1e-6
+    assert taken.max() > 0.5 * most
+
+
+@pytest.fixture(scope="module")
+def clean(task: Task) -> gradcancel._Clean:
+    return gradcancel.GradCancel()._clean_victim(task, KEY)
+
+
+def training_loss(task: Task, clean: gradcancel._Clean, weights: Any) -> float:
+    images = jnp.asarray(task.train_images / np.float32(255))
+    ones = jnp.ones(len(images))
+    return float(clean.loss(weights, images, jnp.asarray(task.train_labels), ones)) / len(images)
+
+
+def test_targets_do_worse_with_their_radius(task: Task, clean: gradcancel._Clean) -> None:
+    radii = gradcancel.RADII["all"]
+    targets = [gradcancel._grad_pc(clean, task, radius, KEY) for radius in radii]
+    losses = [training_loss(task, clean, weights) for weights in (clean.weights, *targets)]
+    assert losses == sorted(losses)
+    assert losses[-1] > 1.2 * losses[0]
+    for radius, target in zip(radii, targets, strict=True):
+        moved = jax.tree.map(jnp.subtract, target, clean.weights)
+        assert optax.tree.norm(moved) <= radius * optax.tree.norm(clean.weights) * 1.0001
+
+
+@pytest.mark.parametrize("layers", ["all", "last"])
+def test_cancelling_leaves_less(task: Task, layers: Any) -> None:
+    attack = gradcancel.GradCancel(layers=layers, steps=60, step_size=0.1)
+    clean = attack._clean_victim(task, KEY)
+    chosen = flips.chosen_at_random(task, KEY)
+    problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
+    target = gradcancel._grad_pc(clean, task, gradcancel.RADII[layers][2], KEY)
+    images, row = attack._cancelled(clean, target, task, problem, chosen.indices)
+
+    def share_left(poisoned: np.ndarray) -> float:
+        """One image at a time: all clean ones that stay, and these."""
+        whole = np.array(task.train_images)
+        whole[chosen.indices] = poisoned
+        kept = np.setdiff1d(np.arange(len(whole)), chosen.indices)
+
+        def summed(rows: np.ndarray) -> Any:
+            ones = [
+                gradcancel._summed_gradient(clean, target, whole[[i]], task.train_labels[[i]])
+                for i in rows
+            ]
+            return jax.tree.map(lambda *g: sum(g), *ones)
+
+        everything = summed(np.arange(len(whole)))
+        return float(optax.tree.norm(everything) / optax.tree.norm(summed(kept)))
+
+    untouched = share_left(task.train_images[chosen.indices])
+    # Rounding to 8 bits moves what is left a little.
+    assert share_left(images) == pytest.approx(row["gradient_left"], abs=0.02)
+    assert row["gradient_left"] < 0.9 * untouched
+
+
+def test_too_few_poisons_cannot_cancel(task: Task) -> None:
+    attack = gradcancel.GradCancel(layers="last", steps=200, step_size=0.1)
+    clean = attack._clean_victim(task, KEY)
+    one = np.array([3])
+    problem = Problem.of(task, one, task.train_labels[one], "cross_entropy")
+    target = gradcancel._grad_pc(clean, task, 3.0, KEY)
+    _, row = attack._cancelled(clean, target, task, problem, one)
+    assert row["needed"] > row["given"]
+    assert row["gradient_left"] > 0.1
+
+
+def test_confident_flips(task: Task) -> None:
+    found = flips.confident_flips(task, KEY, seeds=2)
+    said = flips._probabilities(task, jax.random.split(KEY, 2), task.train_images)
+    own = said[np.arange(len(said)), task.train_labels]
+    others = np.setdiff1d(np.arange(len(said)), found.indices)
+    assert own[found.indices].min() >= own[others].max()
+    np.testing.assert_array_equal(found.labels, said[found.indices].argmin(1))
+    assert (found.labels != task.train_labels[found.indices]).all()
+    attack = attacks.build("label_flip", [("spread", "confident"), ("trial-seeds", "2")])
+    free = Task(**{**vars(task), "budget": Budget(fraction=0.1, labels="free")})
+    poison = attack.craft(free, KEY, Journal())
+    np.testing.assert_array_equal(poison.indices, found.indices)
+    np.testing.assert_array_equal(poison.labels, found.labels)
