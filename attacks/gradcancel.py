@@ -36,7 +36,7 @@ trainings; one victim training before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -47,57 +47,18 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from poisonbench.ascent import Problem, require_at_least_one
 from poisonbench.attacks import Attack, Task
+from poisonbench.clean import CleanVictim
 from poisonbench.errors import UserError
 from poisonbench.flips import chosen_at_random
 from poisonbench.journal import Journal
 from poisonbench.progress import say
 from poisonbench.threat import PoisonSet
-from poisonbench.victim.evaluation import train
-from poisonbench.victim.recipe import Recipe
-from poisonbench.victim.training import TrainingRun, TrainState, logits
 
 PyTree = Any
 RADII = {"all": (0.001, 0.002, 0.005, 0.01, 0.02), "last": (0.1, 0.2, 0.5, 1.0, 2.0)}
 """On digits, between a target that does as well as the clean victim and one no better than chance."""
 CHUNK = 500
 PC_BATCH = 64
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Clean:
-    """A victim trained on clean data, whose weights are to be moved.
-
-    Attributes:
-        recipe, num_classes: the victim's.
-        layers: `all` weights move, or those of the `last` layer.
-        state: without an axis of seeds.
-    """
-
-    recipe: Recipe = field(metadata={"static": True})
-    num_classes: int = field(metadata={"static": True})
-    layers: Literal["all", "last"] = field(metadata={"static": True})
-    state: TrainState
-
-    @property
-    def weights(self) -> PyTree:
-        """Those that move; the classifier's under its own name in either case."""
-        params = self.state.params
-        return params if self.layers == "all" else {"classifier": params["classifier"]}
-
-    def loss(
-        self,
-        weights: PyTree,
-        images: Float[Array, "b h w c"],
-        labels: Int[Array, " b"],
-        counted: Float[Array, " b"],
-    ) -> Float[Array, ""]:
-        """The sum of what these images lose at these weights; `counted` are their shares in it."""
-        state = TrainState({**self.state.params, **weights}, self.state.stats, None)
-        targets = jax.nn.one_hot(labels, self.num_classes)
-        targets = optax.smooth_labels(targets, self.recipe.label_smoothing)
-        said = logits(self.recipe, self.num_classes, state, images)
-        return (optax.softmax_cross_entropy(said, targets) * counted).sum()
 
 
 @dataclass(frozen=True)
@@ -131,7 +92,7 @@ class GradCancel(Attack):
         arrays = journal.restore() or {"done": np.array(0), "best": images, "value": np.array(-np.inf)}
         radii, done = RADII[self.layers], int(arrays["done"])
         with journal.progress("crafting gradcancel", len(radii), done) as bar:
-            clean = self._clean_victim(task, clean_key)
+            clean = CleanVictim.trained(task, clean_key, self.layers)
             for i in range(done, len(radii)):
                 target = _grad_pc(clean, task, radii[i], jax.random.fold_in(order_key, i))
                 poison, row = self._cancelled(clean, target, task, problem, chosen.indices)
@@ -144,15 +105,8 @@ class GradCancel(Attack):
                 bar.advance(note=f"radius {radii[i]:g}: loss {value:.3f}")
         return task.poison(chosen.indices, arrays["best"], chosen.labels)
 
-    def _clean_victim(self, task: Task, key: PRNGKeyArray) -> _Clean:
-        nothing = jnp.zeros((0, *task.train_images.shape[1:]))
-        data = Problem.of(task, np.zeros(0, np.int64), np.zeros(0, np.int32), "cross_entropy").data
-        run, state = TrainingRun.start(task.recipe, data, key[None])
-        alone = jax.tree.map(lambda x: x[0], train(run, state, nothing))
-        return _Clean(task.recipe, task.num_classes, self.layers, alone)
-
     def _cancelled(
-        self, clean: _Clean, target: PyTree, task: Task, problem: Problem, indices: np.ndarray
+        self, clean: CleanVictim, target: PyTree, task: Task, problem: Problem, indices: np.ndarray
     ) -> tuple[np.ndarray, dict[str, float | int]]:
         """The pixels that cancel best at a target, `[p, h, w, c]` uint8, and how well they do."""
         kept = np.setdiff1d(np.arange(len(task.train_labels)), indices)
@@ -172,7 +126,7 @@ class GradCancel(Attack):
         return np.asarray(jnp.rint(z * 255), np.uint8), row
 
 
-def _grad_pc(clean: _Clean, task: Task, radius: float, key: PRNGKeyArray) -> PyTree:
+def _grad_pc(clean: CleanVictim, task: Task, radius: float, key: PRNGKeyArray) -> PyTree:
     """Weights within `radius` (a share of their norm) that do badly on the training set."""
     number = len(task.train_labels)
     batch = min(PC_BATCH, number)
@@ -183,7 +137,7 @@ def _grad_pc(clean: _Clean, task: Task, radius: float, key: PRNGKeyArray) -> PyT
 
 
 @jax.jit
-def _ascend(clean: _Clean, images: Array, labels: Array, order: Array, radius: Array) -> PyTree:
+def _ascend(clean: CleanVictim, images: Array, labels: Array, order: Array, radius: Array) -> PyTree:
     start = clean.weights
     bound = radius * optax.tree.norm(start)
 
@@ -200,7 +154,9 @@ def _ascend(clean: _Clean, images: Array, labels: Array, order: Array, radius: A
     return jax.lax.fori_loop(0, len(order), one_batch, start)
 
 
-def _summed_gradient(clean: _Clean, weights: PyTree, images: np.ndarray, labels: np.ndarray) -> PyTree:
+def _summed_gradient(
+    clean: CleanVictim, weights: PyTree, images: np.ndarray, labels: np.ndarray
+) -> PyTree:
     """The gradient of the summed loss over these images, in chunks of one size."""
     total = jax.tree.map(jnp.zeros_like, weights)
     for i in range(0, len(labels), CHUNK):
@@ -213,7 +169,9 @@ def _summed_gradient(clean: _Clean, weights: PyTree, images: np.ndarray, labels:
 
 
 @jax.jit
-def _gradient(clean: _Clean, weights: PyTree, inputs: Array, labels: Array, counted: Array) -> PyTree:
+def _gradient(
+    clean: CleanVictim, weights: PyTree, inputs: Array, labels: Array, counted: Array
+) -> PyTree:
     return jax.grad(clean.loss)(weights, inputs, labels, counted)
 
 
@@ -232,7 +190,7 @@ def most_taken_off(classes: int) -> float:
 
 @jax.jit
 def _climb_down(
-    clean: _Clean,
+    clean: CleanVictim,
     weights: PyTree,
     gradient: PyTree,
     z: Float[Array, "p h w c"],

@@ -210,7 +210,7 @@ def _crafting_sources() -> str:
     """The library's code that decides a poison."""
     root = Path(__file__).parent
     names = (
-        "ascent.py", "compute.py", "data.py", "flips.py", "threat.py", "metagradient/*.py",
+        "ascent.py", "clean.py", "compute.py", "data.py", "flips.py", "threat.py", "metagradient/*.py",
         "victim/*.py",
     )  # fmt: skip
     return "".join(path.read_text("utf-8") for name in names for path in sorted(root.glob(name)))

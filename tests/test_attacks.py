@@ -35,7 +35,7 @@ GAMES = [
 ]
 CHEAP = {
     "steps": "3", "check_every": "2", "check_seeds": "2", "start_seeds": "2", "trial_seeds": "2",
-    "candidates": "2",
+    "candidates": "2", "rounds": "3", "follower_steps": "2",
 }  # fmt: skip
 """Values for options of these names, wherever an attack has one, so that the suite is quick."""
 

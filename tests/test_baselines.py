@@ -9,6 +9,8 @@ Claims tested here, each with a control that fails:
 - `gradcancel` cancels more of the gradient than the images it starts from do, and what it states as
   left is what is left, summed image by image;
 - GradPC's targets do worse on the training set the larger their radius, and stay within it;
+- the first poison of `tgda` is the clean images, within a hundredth of the range; a leader that moves
+  leaves its follower worse off than one that stands still, and one that is told to help, better;
 - confident flips are of the images that victims are surest of, and give them the least likely class.
 
 The problem: 100 digits of 8×8, a ResNet-9 of width 4, eight epochs.
@@ -26,7 +28,8 @@ import pytest
 
 from poisonbench import attacks, flips
 from poisonbench.ascent import Problem
-from poisonbench.attacks import Task, es, gradcancel
+from poisonbench.attacks import Task, es, gradcancel, tgda
+from poisonbench.clean import CleanVictim
 from poisonbench.data import DataSpec, load
 from poisonbench.journal import Journal
 from poisonbench.metagradient import metagradient
@@ -74,17 +77,17 @@ def test_what_one_image_can_take_off(classes: int, most: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def clean(task: Task) -> gradcancel._Clean:
-    return gradcancel.GradCancel()._clean_victim(task, KEY)
+def clean(task: Task) -> CleanVictim:
+    return CleanVictim.trained(task, KEY)
 
 
-def training_loss(task: Task, clean: gradcancel._Clean, weights: Any) -> float:
+def training_loss(task: Task, clean: CleanVictim, weights: Any) -> float:
     images = jnp.asarray(task.train_images / np.float32(255))
     ones = jnp.ones(len(images))
     return float(clean.loss(weights, images, jnp.asarray(task.train_labels), ones)) / len(images)
 
 
-def test_targets_do_worse_with_their_radius(task: Task, clean: gradcancel._Clean) -> None:
+def test_targets_do_worse_with_their_radius(task: Task, clean: CleanVictim) -> None:
     radii = gradcancel.RADII["all"]
     targets = [gradcancel._grad_pc(clean, task, radius, KEY) for radius in radii]
     losses = [training_loss(task, clean, weights) for weights in (clean.weights, *targets)]
@@ -98,7 +101,7 @@ def test_targets_do_worse_with_their_radius(task: Task, clean: gradcancel._Clean
 @pytest.mark.parametrize("layers", ["all", "last"])
 def test_cancelling_leaves_less(task: Task, layers: Any) -> None:
     attack = gradcancel.GradCancel(layers=layers, steps=60, step_size=0.1)
-    clean = attack._clean_victim(task, KEY)
+    clean = CleanVictim.trained(task, KEY, attack.layers)
     chosen = flips.chosen_at_random(task, KEY)
     problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
     target = gradcancel._grad_pc(clean, task, gradcancel.RADII[layers][2], KEY)
@@ -128,13 +131,43 @@ def test_cancelling_leaves_less(task: Task, layers: Any) -> None:
 
 def test_too_few_poisons_cannot_cancel(task: Task) -> None:
     attack = gradcancel.GradCancel(layers="last", steps=200, step_size=0.1)
-    clean = attack._clean_victim(task, KEY)
+    clean = CleanVictim.trained(task, KEY, attack.layers)
     one = np.array([3])
     problem = Problem.of(task, one, task.train_labels[one], "cross_entropy")
     target = gradcancel._grad_pc(clean, task, 3.0, KEY)
     _, row = attack._cancelled(clean, target, task, problem, one)
     assert row["needed"] > row["given"]
     assert row["gradient_left"] > 0.1
+
+
+def played(task: Task, *, direction: float, rounds: int = 12) -> tuple[Any, float]:
+    """The first poison, and the follower's held-out loss after a leader's steps in a direction."""
+    attack = tgda.TGDA(rounds=rounds, leader_rate=0.05 * abs(direction), follower_steps=5)
+    chosen = flips.chosen_at_random(task, KEY)
+    problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
+    game = tgda._Game(
+        CleanVictim.trained(task, KEY), problem.data.images, problem.data.labels, problem.data.slot,
+        jnp.asarray(chosen.indices, jnp.int32), problem.low, problem.high,
+        problem.loss.images, problem.loss.labels,
+    )  # fmt: skip
+    theta = tgda._generator(KEY, task)
+    players = (theta, optax.adam(0.1).init(theta), game.victim.weights)
+    first = np.asarray(game.poison(theta)) - task.train_images[chosen.indices] / np.float32(255)
+    for i in range(rounds):
+        before = players[0]
+        players, _ = tgda._round(attack, game, players, jax.random.fold_in(KEY, i))
+        if direction < 0:
+            back = jax.tree.map(lambda old, new: 2 * old - new, before, players[0])
+            players = (back, *players[1:])
+    return first, float(game.climbed(players[2], jnp.arange(len(game.truth))))
+
+
+@pytest.mark.slow
+def test_a_leader_leads(task: Task) -> None:
+    (first, still), (_, up), (_, down) = (played(task, direction=d) for d in (1e-6, 1, -1))
+    assert np.abs(first).max() <= 0.0101
+    assert up > still + 0.001
+    assert down < still - 0.001
 
 
 def test_confident_flips(task: Task) -> None:

@@ -1,0 +1,67 @@
+"""A victim trained on clean data, as a function of its weights: where model-targeted attacks begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from poisonbench.attacks import Task
+from poisonbench.victim.evaluation import train
+from poisonbench.victim.recipe import Recipe
+from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState, logits
+
+PyTree = Any
+Layers = Literal["all", "last"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CleanVictim:
+    """A trained victim whose weights may be moved.
+
+    Batch norm normalises by the statistics that its training tracked, so that a loss is a sum over
+    images, and so is its gradient.
+
+    Attributes:
+        recipe, num_classes: the victim's.
+        layers: `all` weights may move, or those of the `last` layer.
+        state: as trained, without an axis of seeds.
+    """
+
+    recipe: Recipe = field(metadata={"static": True})
+    num_classes: int = field(metadata={"static": True})
+    layers: Layers = field(metadata={"static": True})
+    state: TrainState
+
+    @staticmethod
+    def trained(task: Task, key: PRNGKeyArray, layers: Layers = "all") -> CleanVictim:
+        """Train one on the task's data."""
+        data = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
+        run, state = TrainingRun.start(task.recipe, data, key[None])
+        state = train(run, state, jnp.zeros((0, *task.train_images.shape[1:])))
+        return CleanVictim(task.recipe, task.num_classes, layers, jax.tree.map(lambda x: x[0], state))
+
+    @property
+    def weights(self) -> PyTree:
+        """Those that may move; the classifier's under its own name in either case."""
+        params = self.state.params
+        return params if self.layers == "all" else {"classifier": params["classifier"]}
+
+    def loss(
+        self,
+        weights: PyTree,
+        images: Float[Array, "b h w c"],
+        labels: Int[Array, " b"],
+        counted: Float[Array, " b"],
+    ) -> Float[Array, ""]:
+        """The sum of what images in [0, 1] lose at these weights; `counted` are their shares in it."""
+        state = TrainState({**self.state.params, **weights}, self.state.stats, None)
+        targets = jax.nn.one_hot(labels, self.num_classes)
+        targets = optax.smooth_labels(targets, self.recipe.label_smoothing)
+        said = logits(self.recipe, self.num_classes, state, images)
+        return (optax.softmax_cross_entropy(said, targets) * counted).sum()
