@@ -19,7 +19,7 @@ What the paper leaves open, and how it is settled here:
   equally far, those with no signal too, and seeds agree too little for that.
 - *The projection.* Clipping to the allowed 8-bit range after each step, rounding at the end.
 
-Cost: a metagradient is about four victim trainings. There are `steps × runs_per_step` of them and
+Cost: a metagradient is three to four victim trainings. There are `steps × runs_per_step` of them and
 `start_seeds` for the ranking; and `check_seeds` trainings at every check.
 
 Measured on `digits` (12 of 500 images, 60 metasteps, ten pairs of smooth victims): 2.43 ± 0.38

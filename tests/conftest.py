@@ -35,6 +35,17 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Let go of compiled programs after each file.
+
+    Each takes mappings of memory, of which Linux allows a process 65,530; a hundred tests of attacks
+    take half of them, and past the limit the compiler aborts the process.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def cifar10_dir() -> Path:
     """A TFDS data directory that holds a prepared CIFAR-10.
