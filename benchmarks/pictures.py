@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.report import Comparison, Report, Sweep
 from benchmarks.sweeps import SLOTS
@@ -60,6 +60,9 @@ def _ways(left: Axes, right: Axes, comparison: Comparison) -> None:
     left.set_title(f"{comparison.name}\n", fontsize=10)
     right.barh(heights, [(row.memory or 0) / 2**20 for row in rows], color=colors)
     right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter(ScalarFormatter())
+    right.xaxis.set_minor_formatter(NullFormatter())
     right.set_yticks(heights, [""] * len(rows))
     right.set_xlabel("peak memory of a run, MiB")
     for axes in (left, right):
