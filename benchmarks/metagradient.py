@@ -19,8 +19,7 @@ Threads of OpenMP, which PyTorch uses, wait without spinning: where anything els
 spinning made it forty times slower. `OMP_WAIT_POLICY=ACTIVE` in the environment has them spin.
 
 Cost: on two cores 20 minutes without the part 16x16, and about twice that with it; a quarter of it is
-compiling. Measure on a machine that
-does nothing else.
+compiling. Measure on a machine that does nothing else.
 
 Exit codes: 0, 1 where a way failed or gave another gradient, 2 for bad input, 130 where interrupted.
 """
