@@ -98,7 +98,7 @@ def test_targets_do_worse_with_their_radius(task: Task, clean: CleanVictim) -> N
         assert optax.tree.norm(moved) <= radius * optax.tree.norm(clean.weights) * 1.0001
 
 
-@pytest.mark.parametrize("layers", ["all", "last"])
+@pytest.mark.parametrize("layers", [pytest.param("all", marks=pytest.mark.slow), "last"])
 def test_cancelling_leaves_less(task: Task, layers: Any) -> None:
     attack = gradcancel.GradCancel(layers=layers, steps=60, step_size=0.1)
     clean = CleanVictim.trained(task, KEY, attack.layers)

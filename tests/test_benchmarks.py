@@ -200,6 +200,7 @@ class _Here(measure.Worker):
             return getattr(self.desk, request[0])(*request[1:])
 
 
+@pytest.mark.slow
 def test_the_command_measures_writes_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

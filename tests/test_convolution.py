@@ -22,8 +22,8 @@ from jaxtyping import Array
 from poisonbench.victim.convolution import Convolution, convolve, for_backend
 
 MAPS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 2), (3, 3), (4, 5), (8, 8)]
-CHANNELS = [(2, 3), (3, 2), (2, 2)]
-CASES = [*((*shape, *channels) for shape in MAPS for channels in CHANNELS), (2, 2, 1, 1), (3, 3, 1, 4)]
+OTHER_CHANNELS = [(2, 2, 3, 2), (2, 2, 2, 2), (4, 5, 3, 2), (4, 5, 2, 2), (2, 2, 1, 1), (3, 3, 1, 4)]
+CASES = [*((*shape, 2, 3) for shape in MAPS), *OTHER_CHANNELS]
 """Height, width, channels in and channels out."""
 
 
