@@ -37,11 +37,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from poisonbench.ascent import Ascent, Problem, require_at_least_one
-from poisonbench.attacks import Task
 from poisonbench.errors import UserError
-from poisonbench.flips import Flips, best_concentrated_flips, chosen_at_random
-from poisonbench.journal import Journal
-from poisonbench.threat import Budget
 from poisonbench.victim.evaluation import ValidationLoss, train
 from poisonbench.victim.training import TrainingRun, TrainState
 
@@ -53,36 +49,18 @@ class ES(Ascent):
     Attributes:
         pairs: antithetic pairs averaged in a metastep.
         sigma: standard deviation of the perturbation, in pixel units (1 is the whole range).
-        start: which images: `random`, with their own labels, or the best concentrated `flips`
-            (labels must be free).
-        start_seeds: victims trained for each pair of flips.
-        candidates: class pairs tried in search of flips.
+        start: `random` images, or `flips`.
     """
 
     pairs: int = 2
     sigma: float = 0.1
     start: Literal["random", "flips"] = "random"
-    start_seeds: int = 5
-    candidates: int = 6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least_one(self, "pairs", "start_seeds", "candidates")
+        require_at_least_one(self, "pairs")
         if not self.sigma > 0:
             raise UserError("--sigma must be above 0")
-
-    def require(self, budget: Budget) -> None:
-        """Flips as a start need free labels."""
-        if self.start == "flips" and budget.labels == "fixed":
-            raise UserError("es cannot start from flips while labels are fixed: give --labels free")
-
-    def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> Flips:
-        """The images that the start names, and the labels that they get."""
-        if self.start == "random":
-            return chosen_at_random(task, key)
-        return best_concentrated_flips(
-            task, key, journal, candidates=self.candidates, seeds=self.start_seeds
-        )
 
     def gradient(
         self, problem: Problem, z: Float[Array, "p h w c"], key: PRNGKeyArray, when: str

@@ -40,10 +40,9 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 from poisonbench.ascent import Ascent, Problem, require_at_least_one
 from poisonbench.attacks import Task
 from poisonbench.errors import UserError
-from poisonbench.flips import Flips, best_concentrated_flips, chosen_at_random
+from poisonbench.flips import Flips
 from poisonbench.journal import Journal
 from poisonbench.metagradient import NonFiniteError, metagradient
-from poisonbench.threat import Budget
 from poisonbench.victim.training import Poison, TrainingRun
 
 
@@ -53,36 +52,22 @@ class MGD(Ascent):
 
     Attributes:
         runs_per_step: metagradients averaged in a metastep, each of a run of its own randomness.
-        start: which images: `influence` ranks them by metagradients, labels too where those are
-            free; `random` draws them, with their own labels; `flips` takes the best concentrated
-            ones (labels must be free).
-        start_seeds: runs averaged for influence, and victims trained for each pair of flips.
-        candidates: class pairs tried in search of flips.
+        start: `influence` ranks images by metagradients, labels too where those are free, over
+            `start_seeds` runs; `random` or `flips` otherwise.
     """
 
     runs_per_step: int = 1
     start: Literal["influence", "random", "flips"] = "influence"
-    start_seeds: int = 5
-    candidates: int = 6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least_one(self, "runs_per_step", "start_seeds", "candidates")
-
-    def require(self, budget: Budget) -> None:
-        """Flips as a start need free labels."""
-        if self.start == "flips" and budget.labels == "fixed":
-            raise UserError("mgd cannot start from flips while labels are fixed: give --labels free")
+        require_at_least_one(self, "runs_per_step")
 
     def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> Flips:
         """The images that the start names, and the labels that they get."""
         if self.start == "influence":
             return self._most_influential(task, jax.random.split(key, self.start_seeds), journal)
-        if self.start == "flips":
-            return best_concentrated_flips(
-                task, key, journal, candidates=self.candidates, seeds=self.start_seeds
-            )
-        return chosen_at_random(task, key)
+        return super().started(task, key, journal)
 
     def gradient(
         self, problem: Problem, z: Float[Array, "p h w c"], key: PRNGKeyArray, when: str

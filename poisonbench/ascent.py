@@ -27,9 +27,9 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt8
 
 from poisonbench.attacks import Attack, Task
 from poisonbench.errors import UserError
-from poisonbench.flips import Flips
+from poisonbench.flips import Flips, best_concentrated_flips, chosen_at_random
 from poisonbench.journal import Journal
-from poisonbench.threat import PoisonSet
+from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import Goal, ValidationLoss, train
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.training import TrainingRun, TrainingSet
@@ -125,6 +125,10 @@ class Ascent(Attack):
         goal: loss to climb: `cross_entropy`, or the expected `error`, which saturates.
         check_every: metasteps between checks on held-out seeds.
         check_seeds: victims trained for a check.
+        start: which images: `random` draws them, with their own labels; `flips` takes the best
+            concentrated ones (labels must be free).
+        start_seeds: victims trained for each pair of flips.
+        candidates: class pairs tried in search of flips.
     """
 
     steps: int = 60
@@ -134,19 +138,32 @@ class Ascent(Attack):
     goal: Goal = "cross_entropy"
     check_every: int = 10
     check_seeds: int = 5
+    start: str = "random"
+    start_seeds: int = 5
+    candidates: int = 6
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise UserError("--steps must not be negative")
-        require_at_least_one(self, "check_every", "check_seeds")
+        require_at_least_one(self, "check_every", "check_seeds", "start_seeds", "candidates")
         if not self.step_size > 0:
             raise UserError("--step-size must be above 0")
         if not 0 <= self.momentum < 1:
             raise UserError("--momentum must lie in [0, 1)")
 
-    @abstractmethod
+    def require(self, budget: Budget) -> None:
+        """Flips as a start need free labels."""
+        if self.start == "flips" and budget.labels == "fixed":
+            name = _name(self)
+            raise UserError(f"{name} cannot start from flips while labels are fixed: give --labels free")
+
     def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> Flips:
-        """Which images to poison, and under which labels."""
+        """The images that the start names, and the labels that they get."""
+        if self.start == "flips":
+            return best_concentrated_flips(
+                task, key, journal, candidates=self.candidates, seeds=self.start_seeds
+            )
+        return chosen_at_random(task, key)
 
     @abstractmethod
     def gradient(
@@ -173,8 +190,7 @@ class Ascent(Attack):
         if arrays is None:
             climb, held_out = self._checked(problem, climb, check_key)
             journal.save(climb.arrays(), {"metastep": 0, "held_out_loss": held_out})
-        name = type(self).__module__.rsplit(".", 1)[-1]
-        with journal.progress(f"crafting {name}", self.steps, climb.done) as bar:
+        with journal.progress(f"crafting {_name(self)}", self.steps, climb.done) as bar:
             while climb.done < self.steps:
                 climb, loss = self._metastep(problem, climb, jax.random.fold_in(step_key, climb.done))
                 row = {"metastep": climb.done, "loss": loss}
@@ -229,6 +245,10 @@ def require_at_least_one(attack: Attack, *names: str) -> None:
     for name in names:
         if getattr(attack, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+def _name(attack: Attack) -> str:
+    return type(attack).__module__.rsplit(".", 1)[-1]
 
 
 _evaluate = jax.jit(lambda loss, state: loss(state))

@@ -1,4 +1,4 @@
-"""The baselines do what their papers say: evolution strategies, gradient cancelling, confident flips.
+"""The baselines do what their papers say: `es`, `gradcancel`, `tgda` and confident flips.
 
 Claims tested here, each with a control that fails:
 
