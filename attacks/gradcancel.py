@@ -47,12 +47,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from poisonbench.ascent import Problem, require_at_least_one
 from poisonbench.attacks import Attack, Task
-from poisonbench.clean import CleanVictim
 from poisonbench.errors import UserError
 from poisonbench.flips import chosen_at_random
 from poisonbench.journal import Journal
 from poisonbench.progress import say
-from poisonbench.threat import PoisonSet
+from poisonbench.threat import Budget, PoisonSet
+from poisonbench.trained import TrainedVictim
 
 PyTree = Any
 RADII = {"all": (0.001, 0.002, 0.005, 0.01, 0.02), "last": (0.1, 0.2, 0.5, 1.0, 2.0)}
@@ -83,6 +83,11 @@ class GradCancel(Attack):
         if not self.step_size > 0:
             raise UserError("--step-size must be above 0")
 
+    def require(self, budget: Budget) -> None:
+        """There must be clean images whose gradient is cancelled."""
+        if budget.fraction == 1:
+            raise UserError("gradcancel cancels the gradient of clean images: give --fraction below 1")
+
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """The poison of the radius that does most harm to victims it was not fitted to."""
         pick, clean_key, order_key, trial_key = jax.random.split(key, 4)
@@ -92,7 +97,7 @@ class GradCancel(Attack):
         arrays = journal.restore() or {"done": np.array(0), "best": images, "value": np.array(-np.inf)}
         radii, done = RADII[self.layers], int(arrays["done"])
         with journal.progress("crafting gradcancel", len(radii), done) as bar:
-            clean = CleanVictim.trained(task, clean_key, self.layers)
+            clean = TrainedVictim.on_clean(task, clean_key, self.layers)
             for i in range(done, len(radii)):
                 target = _grad_pc(clean, task, radii[i], jax.random.fold_in(order_key, i))
                 poison, row = self._cancelled(clean, target, task, problem, chosen.indices)
@@ -106,7 +111,7 @@ class GradCancel(Attack):
         return task.poison(chosen.indices, arrays["best"], chosen.labels)
 
     def _cancelled(
-        self, clean: CleanVictim, target: PyTree, task: Task, problem: Problem, indices: np.ndarray
+        self, clean: TrainedVictim, target: PyTree, task: Task, problem: Problem, indices: np.ndarray
     ) -> tuple[np.ndarray, dict[str, float | int]]:
         """The pixels that cancel best at a target, `[p, h, w, c]` uint8, and how well they do."""
         kept = np.setdiff1d(np.arange(len(task.train_labels)), indices)
@@ -126,7 +131,7 @@ class GradCancel(Attack):
         return np.asarray(jnp.rint(z * 255), np.uint8), row
 
 
-def _grad_pc(clean: CleanVictim, task: Task, radius: float, key: PRNGKeyArray) -> PyTree:
+def _grad_pc(clean: TrainedVictim, task: Task, radius: float, key: PRNGKeyArray) -> PyTree:
     """Weights within `radius` (a share of their norm) that do badly on the training set."""
     number = len(task.train_labels)
     batch = min(PC_BATCH, number)
@@ -137,7 +142,7 @@ def _grad_pc(clean: CleanVictim, task: Task, radius: float, key: PRNGKeyArray) -
 
 
 @jax.jit
-def _ascend(clean: CleanVictim, images: Array, labels: Array, order: Array, radius: Array) -> PyTree:
+def _ascend(clean: TrainedVictim, images: Array, labels: Array, order: Array, radius: Array) -> PyTree:
     start = clean.weights
     bound = radius * optax.tree.norm(start)
 
@@ -155,7 +160,7 @@ def _ascend(clean: CleanVictim, images: Array, labels: Array, order: Array, radi
 
 
 def _summed_gradient(
-    clean: CleanVictim, weights: PyTree, images: np.ndarray, labels: np.ndarray
+    clean: TrainedVictim, weights: PyTree, images: np.ndarray, labels: np.ndarray
 ) -> PyTree:
     """The gradient of the summed loss over these images, in chunks of one size."""
     total = jax.tree.map(jnp.zeros_like, weights)
@@ -170,7 +175,7 @@ def _summed_gradient(
 
 @jax.jit
 def _gradient(
-    clean: CleanVictim, weights: PyTree, inputs: Array, labels: Array, counted: Array
+    clean: TrainedVictim, weights: PyTree, inputs: Array, labels: Array, counted: Array
 ) -> PyTree:
     return jax.grad(clean.loss)(weights, inputs, labels, counted)
 
@@ -190,7 +195,7 @@ def most_taken_off(classes: int) -> float:
 
 @jax.jit
 def _climb_down(
-    clean: CleanVictim,
+    clean: TrainedVictim,
     weights: PyTree,
     gradient: PyTree,
     z: Float[Array, "p h w c"],

@@ -5,6 +5,9 @@ images that clean victims are surest of the labels that they find least likely. 
 flips, all from one class to its nearest neighbour, moves the boundary between the two and is the
 attack to beat wherever labels are free. (Flips ranked by metagradients are `mgd --steps 0`.)
 
+Where labels are fixed and pixels are not, copies of the images take places of the classes that the wrong
+labels name: the same wrong pairs, but the originals stay.
+
 Cost: random, none; confident, `trial_seeds` victim trainings; concentrated,
 `(candidates + 1) × trial_seeds`.
 
@@ -26,10 +29,12 @@ from poisonbench.flips import (
     best_concentrated_flips,
     concentrated_flips,
     confident_flips,
+    placed,
     random_flips,
+    require_flips,
 )
 from poisonbench.journal import Journal
-from poisonbench.threat import PoisonSet
+from poisonbench.threat import Budget, PoisonSet
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,6 @@ class LabelFlip(Attack):
         candidates: pairs that the search tries.
         trial_seeds: victims that it trains for each; and those that say how likely a label is.
     """
-
-    changes_labels = True
 
     spread: Literal["random", "confident", "concentrated"] = "random"
     source: int | None = None
@@ -62,6 +65,10 @@ class LabelFlip(Attack):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
 
+    def require(self, budget: Budget) -> None:
+        """Some image must be able to bear a wrong label."""
+        require_flips(budget, "label_flip")
+
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """The original pixels under wrong labels."""
         if self.spread == "random":
@@ -74,4 +81,4 @@ class LabelFlip(Attack):
             flips = best_concentrated_flips(
                 task, key, journal, candidates=self.candidates, seeds=self.trial_seeds
             )
-        return task.poison(flips.indices, task.train_images[flips.indices], flips.labels)
+        return placed(task, flips, jax.random.fold_in(key, 2))

@@ -43,11 +43,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from poisonbench.ascent import Problem, require_at_least_one
 from poisonbench.attacks import Attack, Task
-from poisonbench.clean import CleanVictim
 from poisonbench.errors import UserError
 from poisonbench.flips import chosen_at_random
-from poisonbench.journal import Journal
+from poisonbench.journal import Journal, pack, unpack
 from poisonbench.threat import PoisonSet
+from poisonbench.trained import TrainedVictim
 from poisonbench.victim.convolution import convolve, for_backend
 
 PyTree = Any
@@ -69,7 +69,7 @@ class _Game:
         held_out, truth: what the leader climbs the loss of.
     """
 
-    victim: CleanVictim
+    victim: TrainedVictim
     images: Array
     labels: Array
     slot: Array
@@ -152,15 +152,16 @@ class TGDA(Attack):
         chosen = chosen_at_random(task, pick)
         problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
         game = _Game(
-            CleanVictim.trained(task, clean_key), problem.data.images, problem.data.labels,
+            TrainedVictim.on_clean(task, clean_key), problem.data.images, problem.data.labels,
             problem.data.slot, jnp.asarray(chosen.indices, jnp.int32), problem.low, problem.high,
             problem.loss.images, problem.loss.labels,
         )  # fmt: skip
         theta = _generator(start_key, task)
         players = (theta, optax.adam(self.leader_rate).init(theta), game.victim.weights)
         images = task.train_images[chosen.indices]
-        arrays = journal.restore() or {"done": np.array(0), "best": images, "value": np.array(-np.inf)}
-        players = _unpacked(arrays, players)
+        start = {"done": np.array(0), "best": images, "value": np.array(-np.inf)}
+        arrays = journal.restore() or start | pack(players, "players")
+        players = unpack(arrays, "players", players)
         check_keys = jax.random.split(check_key, self.check_seeds)
         with journal.progress("crafting tgda", self.rounds, int(arrays["done"])) as bar:
             for i in range(int(arrays["done"]), self.rounds):
@@ -175,7 +176,7 @@ class TGDA(Attack):
                     row["held_out_loss"] = value = problem.harm(images, check_keys)
                     if value > arrays["value"]:
                         arrays |= {"best": images, "value": np.array(value)}
-                arrays |= {"done": np.array(i + 1), **_packed(players)}
+                arrays |= {"done": np.array(i + 1), **pack(players, "players")}
                 journal.save(arrays, row)
                 bar.advance(note=f"loss {float(loss):.3f}")
         return task.poison(chosen.indices, arrays["best"], chosen.labels)
@@ -242,13 +243,3 @@ def _round(
 
 def _inner(a: PyTree, b: PyTree) -> Float[Array, ""]:
     return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, a, b))
-
-
-def _packed(players: PyTree) -> dict[str, np.ndarray]:
-    return {f"players.{i:03d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(players))}
-
-
-def _unpacked(arrays: dict[str, np.ndarray], like: Any) -> Any:
-    stored = [jnp.asarray(arrays[name]) for name in sorted(arrays) if name.startswith("players.")]
-    structure: Any = jax.tree.structure(like)
-    return structure.unflatten(stored) if stored else like

@@ -11,13 +11,13 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from poisonbench import records
+from poisonbench import records, transfer
 from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import ranks
 from poisonbench.tracks import TRACKS
@@ -36,6 +36,7 @@ class Row:
         name: the attack, with the options that tell it from its neighbours.
         control: which of the controls that every table should have it is, if any. A poison that
             was handed in is none, whatever it is called.
+        transfer: scores on the track's transfer victims, by name, as far as they were measured.
         rank: its place, from 1; None where the record is set aside.
         tied: another row has the same rank.
     """
@@ -45,6 +46,7 @@ class Row:
     pictures: tuple[str, ...]
     name: str
     control: str | None
+    transfer: Mapping[str, VictimScores]
     rank: int | None = None
     tied: bool = False
 
@@ -71,6 +73,15 @@ class Row:
         return "–" if seconds is None else f"{seconds:,.0f} s"
 
     @property
+    def trainings(self) -> float | None:
+        """Crafting time in trainings of one victim, on the average over the record's own victims."""
+        seconds = self.record.crafting_seconds
+        trained = 2 * sum(len(victim.seeds) for victim in self.record.victims)
+        if seconds is None or not self.record.evaluation_seconds:
+            return None
+        return seconds / self.record.evaluation_seconds * trained
+
+    @property
     def date(self) -> str:
         """When it was measured, in UTC."""
         return self.record.created.astimezone(UTC).date().isoformat()
@@ -87,6 +98,7 @@ class Game:
         slug: name of the CSV file, unique among them.
         recipes: the victims, the one that decides the ranks first.
         seeds: how many pairs of victims there are of each.
+        transfer: transfer victims that some row has scores on.
         ranked: valid rows, best first.
         set_aside: rows marked invalid or superseded.
         missing: controls that no valid row is.
@@ -98,6 +110,7 @@ class Game:
     slug: str
     recipes: list[str]
     seeds: dict[str, int]
+    transfer: list[str]
     ranked: list[Row]
     set_aside: list[Row]
     missing: list[str]
@@ -131,7 +144,7 @@ def read(results: Path) -> list[Game]:
 
 def _key(record: Record) -> str:
     """All that two records must share to be compared, as canonical text."""
-    victims = sorted(canonical([v.recipe_name, v.recipe, v.seeds]) for v in record.victims)
+    victims = sorted(canonical([v.recipe_name, v.whole_recipe, v.seeds]) for v in record.victims)
     return canonical(
         [
             record.track, sorted(record.custom), record.dataset.model_dump(), record.hashes,
@@ -154,7 +167,7 @@ def _changes(record: Record) -> list[str]:
         "dataset": record.dataset == track.dataset,
         "surrogate": record.surrogate == track.surrogate,
         "recipes": len(victims) == len(record.victims)
-        and canonical({name: victim.recipe for name, victim in victims.items()}) == canonical(recipes),
+        and canonical({name: v.whole_recipe for name, v in victims.items()}) == canonical(recipes),
         "seeds": all(v.seeds == list(range(track.seeds)) for v in record.victims),
     }
     return [f"{name} unlike the track's" for name, alike in same.items() if not alike]
@@ -187,16 +200,36 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
             pictures=tuple(p for p in ("summary.png",) if (folder / p).is_file()),
             name=_name(record, telling.get(record.attack, ())),
             control=kind if kind in controls else None,
+            transfer=_transfer(folder, record),
         )
         (ranked if record.status == "valid" else set_aside).append(row)
     ranked = _with_ranks(ranked, recipes[0])
     there = {row.control for row in ranked}
+    track = TRACKS.get(first.track)
+    others = track.transfer if track else ()
+    carried = [name for name in others if any(name in row.transfer for row in ranked)]
     return Game(
         track=first.track, frozen=not _changes(first), title=title, slug=slug,
-        recipes=recipes, seeds=seeds, ranked=ranked,
+        recipes=recipes, seeds=seeds, transfer=carried, ranked=ranked,
         set_aside=sorted(set_aside, key=lambda row: row.folder),
         missing=[control for control in controls if control not in there],
     )  # fmt: skip
+
+
+def _transfer(folder: Path, record: Record) -> dict[str, VictimScores]:
+    """Scores on transfer victims, where they are of this poison and of the track as it is now."""
+    track, path = TRACKS.get(record.track), folder / transfer.FILE
+    if track is None or not path.is_file():
+        return {}
+    measured = transfer.Transfer.load(path)
+    if measured.poison_hash != record.poison_hash:
+        return {}
+    now = {name: canonical(recipe.as_dict()) for name, recipe in track.transfer.items()}
+    return {
+        v.recipe_name: v
+        for v in measured.victims
+        if now.get(v.recipe_name) == canonical(v.whole_recipe) and v.seeds == record.victims[0].seeds
+    }
 
 
 def _telling_options(group: list[Record]) -> dict[str, set[str]]:

@@ -1,8 +1,9 @@
 """The tables: every committed record, game by game, as Markdown and as CSV.
 
-Everything here is derived. `update` reads the records below a folder and writes `README.md` and one
-CSV per table beside them; the same records give the same bytes on every machine, so a test can
-compare what is committed with what the records give.
+Everything here is derived. `update` reads the records below a folder and writes `README.md`, one CSV
+per table and the figures beside them; the same records give the same texts on every machine, byte for
+byte, and figures of the same numbers, so a test can compare what is committed with what the records
+give.
 
 A record may come from a stranger, so whatever it says is escaped before it stands on a page.
 """
@@ -24,6 +25,7 @@ from poisonbench.statistics import CONFIDENCE, Interval
 from poisonbench.threat import LInf
 from poisonbench.tracks import TRACKS
 
+from .figures import FOLDER, Picture, of_game, pictures
 from .games import Game, Row, canonical, read
 
 BEGIN = "<!-- leaderboard: begin -->"
@@ -39,12 +41,13 @@ def build(results: Path) -> dict[Path, str]:
         results: the folder.
 
     Returns:
-        The text of every file to write, by its path relative to the folder.
+        The text of every file to write but figures, by its path relative to the folder.
 
     Raises:
         UserError: a record is not valid.
     """
-    return _files(read(results))
+    games = read(results)
+    return _files(games, pictures(games, results))
 
 
 def update(results: Path, readme: Path | None = None, check: bool = False) -> list[Path]:
@@ -63,17 +66,23 @@ def update(results: Path, readme: Path | None = None, check: bool = False) -> li
         UserError: a record is not valid, the page lacks its markers, or a file cannot be written.
     """
     games = read(results)
-    wanted = {results / path: text for path, text in _files(games).items()}
+    figures = pictures(games, results)
+    wanted = {results / path: text for path, text in _files(games, figures).items()}
     if readme is not None:
         wanted[readme] = _inserted(readme, results, games)
     changed = [path for path, text in wanted.items() if _bytes(path) != text.encode()]
-    stale = sorted(path for path in (results / "tables").glob("*.csv") if path not in wanted)
+    drawn = {results / path: picture for path, picture in figures.items()}
+    redrawn = [path for path, picture in drawn.items() if not picture.is_in(path)]
+    there = [*(results / "tables").glob("*.csv"), *(results / FOLDER).glob("*.png")]
+    stale = sorted(path for path in there if path not in wanted and path not in drawn)
     if not check:
         for path in changed:
             write_text(path, wanted[path])
+        for path in redrawn:
+            drawn[path].save(path)
         for path in stale:
             path.unlink()
-    return changed + stale
+    return changed + redrawn + stale
 
 
 def escape(text: object) -> str:
@@ -86,12 +95,18 @@ def escape(text: object) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _files(games: list[Game]) -> dict[Path, str]:
+def _files(games: list[Game], figures: dict[Path, Picture]) -> dict[Path, str]:
     tracks = [(t, [g for g in games if g.frozen and g.track == t.name]) for t in TRACKS.values()]
     page = _template("results.md.j2").render(
         tracks=tracks,
         custom=[game for game in games if not game.frozen],
         set_aside=[(game, row) for game in games for row in game.set_aside],
+        figures=figures,
+        of_game=of_game,
+        curves={
+            name: [path for path, picture in figures.items() if picture.numbers.get("track") == name]
+            for name in TRACKS
+        },
         percent=f"{CONFIDENCE:.0%}".replace("%", " %"),
     )
     tables = {Path("tables", f"{game.slug}.csv"): _csv(game) for game in games}
@@ -145,6 +160,7 @@ def _flat(game: Game, row: Row) -> dict[str, object]:
         "defense": record.defense, "dataset": record.dataset.name, "surrogate": record.surrogate,
         "num_train": record.num_train, "num_poison": record.num_poison, **scores,
         "crafting_seconds": record.crafting_seconds,
+        "crafting_trainings": None if row.trainings is None else round(row.trainings, 1),
         "evaluation_seconds": record.evaluation_seconds,
         "processor": record.hardware.processor, "cores": record.hardware.cores,
         "device": record.hardware.device, "version": record.code.get("version"),

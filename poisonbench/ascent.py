@@ -27,8 +27,8 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt8
 
 from poisonbench.attacks import Attack, Task
 from poisonbench.errors import UserError
-from poisonbench.flips import Flips, best_concentrated_flips, chosen_at_random
-from poisonbench.journal import Journal
+from poisonbench.flips import best_concentrated_flips, chosen_at_random, placed, require_flips
+from poisonbench.journal import Journal, pack
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import Goal, ValidationLoss, train
 from poisonbench.victim.recipe import Recipe
@@ -91,7 +91,6 @@ class _Climb:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint holds."""
-        optimizer = {f"optimizer.{i:02d}": np.asarray(x) for i, x in enumerate(self.optimizer)}
         return {
             "indices": self.indices,
             "labels": self.labels,
@@ -99,7 +98,7 @@ class _Climb:
             "done": np.array(self.done),
             "best": self.best,
             "best_value": np.array(self.best_value),
-            **optimizer,
+            **pack(self.optimizer, "optimizer"),
         }
 
     @staticmethod
@@ -126,12 +125,12 @@ class Ascent(Attack):
         check_every: metasteps between checks on held-out seeds.
         check_seeds: victims trained for a check.
         start: which images: `random` draws them, with their own labels; `flips` takes the best
-            concentrated ones (labels must be free).
+            concentrated ones, or copies of them where labels are fixed.
         start_seeds: victims trained for each pair of flips.
         candidates: class pairs tried in search of flips.
     """
 
-    steps: int = 60
+    steps: int = 45
     step_size: float = 0.1
     update: Literal["adam", "sign"] = "adam"
     momentum: float = 0.8
@@ -152,18 +151,19 @@ class Ascent(Attack):
             raise UserError("--momentum must lie in [0, 1)")
 
     def require(self, budget: Budget) -> None:
-        """Flips as a start need free labels."""
-        if self.start == "flips" and budget.labels == "fixed":
-            name = _name(self)
-            raise UserError(f"{name} cannot start from flips while labels are fixed: give --labels free")
-
-    def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> Flips:
-        """The images that the start names, and the labels that they get."""
+        """Flips as a start need a budget that can have them."""
         if self.start == "flips":
-            return best_concentrated_flips(
+            require_flips(budget, f"{_name(self)} --start flips")
+
+    def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
+        """The poison that the ascent starts from."""
+        if self.start == "flips":
+            flips = best_concentrated_flips(
                 task, key, journal, candidates=self.candidates, seeds=self.start_seeds
             )
-        return chosen_at_random(task, key)
+            return placed(task, flips, jax.random.fold_in(key, 2))
+        chosen = chosen_at_random(task, key)
+        return task.poison(chosen.indices, task.train_images[chosen.indices], chosen.labels)
 
     @abstractmethod
     def gradient(
@@ -201,11 +201,10 @@ class Ascent(Attack):
         return task.poison(climb.indices, climb.best, climb.labels)
 
     def _start(self, task: Task, key: PRNGKeyArray, journal: Journal) -> _Climb:
-        flips = self.started(task, key, journal)
-        pixels = task.train_images[flips.indices]
-        z = jnp.asarray(pixels, jnp.float32) / 255
+        start = self.started(task, key, journal)
+        z = jnp.asarray(start.images, jnp.float32) / 255
         optimizer = jax.tree.leaves(self._optimizer().init(z))
-        return _Climb(flips.indices, flips.labels, z, optimizer, 0, pixels, -np.inf)
+        return _Climb(start.indices, start.labels, z, optimizer, 0, start.images, -np.inf)
 
     def _metastep(self, problem: Problem, climb: _Climb, key: PRNGKeyArray) -> tuple[_Climb, float]:
         """One step up, along the gradient of fresh runs; and their mean loss."""

@@ -159,6 +159,30 @@ def evaluate(
 
 
 @app.command()
+def transfer(
+    folder: Annotated[
+        Path, typer.Argument(help="A finished run, e.g. runs/digits/mgd-…, or a published one.")
+    ],
+    data_dir: DataDirOption = None,
+    out: OutOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Retrain other victims on a run's poison: wider, narrower, by AdamW, and a plain network.
+
+    Writes `transfer.json` beside the record; the leaderboard shows what it says.
+    """
+    from poisonbench import report
+    from poisonbench import transfer as transfers
+
+    measured = transfers.measure(folder, data_dir, out, _command())
+    if as_json:
+        print(measured.model_dump_json(indent=1))
+    else:
+        report.show_victims(measured.victims, f"{folder.name}: victims of other kinds")
+        print(folder / transfers.FILE)
+
+
+@app.command()
 def smoothness(
     recipe: Annotated[
         list[str] | None,

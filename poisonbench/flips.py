@@ -1,7 +1,11 @@
-"""Label flips: the strongest attack that touches no pixel, used as control and as a start.
+"""Label flips: the strongest attacks that draw nothing of their own, used as control and as a start.
 
 Flips spread over all classes hardly hurt. The same number concentrated on one class and given one
 neighbour's label moves the boundary between the two, and costs many times the accuracy.
+
+Where labels are fixed and pixels are free, the same wrong pairs of image and label can be had: a copy of
+the image takes the place of one that bears the label. The victim still sees the original under its
+right label, which the flip would have taken away.
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from poisonbench.attacks import Task
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal
+from poisonbench.threat import Box, Budget, PoisonSet
 from poisonbench.victim.evaluation import ValidationLoss, train
 from poisonbench.victim.training import TrainingRun, TrainingSet, logits
 
@@ -31,6 +36,57 @@ class Flips:
 
     indices: np.ndarray
     labels: np.ndarray
+
+
+def require_flips(budget: Budget, name: str) -> None:
+    """Refuse a budget under which no image can bear a wrong label.
+
+    Raises:
+        UserError: naming the options to change.
+    """
+    if budget.labels == "fixed" and not isinstance(budget.pixels, Box):
+        raise UserError(f"{name} needs wrong labels: give --labels free, or no --radius")
+
+
+def placed(
+    task: Task, flips: Flips, key: PRNGKeyArray, worth: Float[np.ndarray, " n"] | None = None
+) -> PoisonSet:
+    """The poison in which these images bear these labels.
+
+    Args:
+        task: what the attacker knows. Under free labels the images' own labels are changed; under
+            fixed ones, copies of the images take places of the labels' classes.
+        flips: which images, and which labels.
+        key: draws the places, where they are drawn.
+        worth: what losing each training image costs the victim; those that cost most give their
+            places. None to draw places at random.
+
+    Raises:
+        UserError: a class has too few images to give so many places.
+    """
+    if task.budget.labels == "free":
+        return task.poison(flips.indices, task.train_images[flips.indices], flips.labels)
+    places = np.empty_like(flips.indices)
+    for label in np.unique(flips.labels):
+        members, here = np.flatnonzero(task.train_labels == label), flips.labels == label
+        if len(members) < here.sum():
+            raise UserError(
+                f"class {label} has {len(members)} training images, fewer than the {here.sum()} places"
+                " that copies would take: lower --fraction"
+            )
+        if worth is None:
+            places[here] = _choose(members, int(here.sum()), jax.random.fold_in(key, int(label)))
+        else:
+            places[here] = highest(worth, int(here.sum()), members)
+    return task.poison(places, task.train_images[flips.indices], task.train_labels[places])
+
+
+def highest(
+    values: Float[np.ndarray, " n"], count: int, among: Int[np.ndarray, " m"] | None = None
+) -> Int[np.ndarray, " some"]:
+    """The indices of the largest values, in ascending order; the first of equal ones."""
+    rows = np.arange(len(values)) if among is None else among
+    return np.sort(rows[np.argsort(-values[rows], kind="stable")[:count]]).astype(np.int64)
 
 
 def chosen_at_random(task: Task, key: PRNGKeyArray) -> Flips:
@@ -78,8 +134,8 @@ def confident_flips(task: Task, key: PRNGKeyArray, *, seeds: int) -> Flips:
     """
     said = _probabilities(task, jax.random.split(key, seeds), task.train_images)
     sureness = said[np.arange(len(said)), task.train_labels]
-    surest = np.sort(np.argsort(-sureness, kind="stable")[: task.num_poison])
-    return Flips(surest.astype(np.int64), said[surest].argmin(1).astype(np.int32))
+    surest = highest(sureness, task.num_poison)
+    return Flips(surest, said[surest].argmin(1).astype(np.int32))
 
 
 def best_concentrated_flips(
@@ -105,7 +161,11 @@ def best_concentrated_flips(
             if np.sum(task.train_labels == source) < task.num_poison:
                 continue
             flips = concentrated_flips(task, source, target, jax.random.fold_in(key, 1))
-            damage = _validation_error(task, flips, victims)
+            try:
+                poison = placed(task, flips, jax.random.fold_in(key, 2))
+            except UserError:
+                continue
+            damage = _validation_error(task, poison, victims)
             if best is None or damage > best[0]:
                 best = damage, flips
             bar.advance(note=f"{task.class_names[source]} → {task.class_names[target]}")
@@ -143,10 +203,8 @@ def _probabilities(
     return np.concatenate([probabilities(state, jnp.asarray(chunk) / 255) for chunk in chunks])
 
 
-def _validation_error(task: Task, flips: Flips, keys: Key[Array, " seeds"]) -> float:
-    labels = np.array(task.train_labels)
-    labels[flips.indices] = flips.labels
-    data = TrainingSet.clean(task.train_images, labels, task.num_classes)
+def _validation_error(task: Task, poison: PoisonSet, keys: Key[Array, " seeds"]) -> float:
+    data = TrainingSet.clean(*poison.apply(task.train_images, task.train_labels), task.num_classes)
     loss = ValidationLoss(
         task.recipe,
         task.num_classes,

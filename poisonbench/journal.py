@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,3 +60,20 @@ class Journal:
     def progress(self, title: str, total: int, done: int = 0) -> Progress:
         """A bar on standard error."""
         return Progress(title, total, done)
+
+
+def pack(tree: Any, name: str) -> dict[str, np.ndarray]:
+    """A pytree as arrays of a checkpoint, under names that begin with `name`."""
+    import jax
+
+    return {f"{name}.{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))}
+
+
+def unpack(arrays: dict[str, np.ndarray], name: str, like: Any) -> Any:
+    """The pytree that `pack` stored under this name, in the structure of another."""
+    import jax
+    import jax.numpy as jnp
+
+    stored = [jnp.asarray(arrays[key]) for key in sorted(arrays) if key.startswith(f"{name}.")]
+    structure: Any = jax.tree.structure(like)
+    return structure.unflatten(stored)

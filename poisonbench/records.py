@@ -11,7 +11,7 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +29,7 @@ from poisonbench.data import DataSpec
 from poisonbench.errors import UserError
 from poisonbench.statistics import Interval, mean_interval, paired_drop
 from poisonbench.threat import Budget
+from poisonbench.victim.recipe import Recipe
 
 SCHEMA_VERSION: Literal[1] = 1
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
@@ -50,11 +51,41 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 Config = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """Immutable, without unknown fields, without NaN."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class VictimScores(_Frozen):
+Kept = TypeVar("Kept", bound="Stored")
+
+
+class Stored(Frozen):
+    """What is kept in a JSON file of its own."""
+
+    def save(self, path: Path) -> None:
+        """Write the record, whole or not at all."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls: type[Kept], path: Path) -> Kept:
+        """Read a record that anybody may have written.
+
+        Raises:
+            UserError: it cannot be read, or is not a record.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "file"
+            what = " ".join(f"{where}: {problem['msg']}".split())
+            raise UserError(f"{path} is not a valid record ({what})") from None
+
+
+class VictimScores(Frozen):
     """Every seed's accuracy on one recipe, in percent, clean and poisoned in pairs.
 
     Attributes:
@@ -83,6 +114,11 @@ class VictimScores(_Frozen):
         return self
 
     @property
+    def whole_recipe(self) -> dict[str, Any]:
+        """The recipe, with fields that it did not have when this was measured at their defaults."""
+        return {**Recipe().as_dict(), **self.recipe}
+
+    @property
     def drop(self) -> Interval:
         """Accuracy lost after the last epoch, in points."""
         return paired_drop(self.clean, self.poisoned)
@@ -103,7 +139,7 @@ class VictimScores(_Frozen):
         return mean_interval(self.poisoned)
 
 
-class Hardware(_Frozen):
+class Hardware(Frozen):
     """Where it ran."""
 
     system: str
@@ -112,7 +148,7 @@ class Hardware(_Frozen):
     device: str
 
 
-class Record(_Frozen):
+class Record(Stored):
     """One attack under one defence, measured.
 
     Attributes:
@@ -174,27 +210,6 @@ class Record(_Frozen):
     def victim(self, name: str) -> VictimScores | None:
         """The scores on the recipe of that name, if it was measured."""
         return next((v for v in self.victims if v.recipe_name == name), None)
-
-    def save(self, path: Path) -> None:
-        """Write the record, whole or not at all."""
-        write_text(path, self.model_dump_json(indent=1) + "\n")
-
-    @staticmethod
-    def load(path: Path) -> Record:
-        """Read a record that anybody may have written.
-
-        Raises:
-            UserError: it cannot be read, or is not a record.
-        """
-        try:
-            return Record.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "file"
-            what = " ".join(f"{where}: {problem['msg']}".split())
-            raise UserError(f"{path} is not a valid record ({what})") from None
 
 
 def find(folder: Path) -> list[tuple[Path, Record]]:

@@ -27,7 +27,7 @@ from poisonbench.setting import Setting
 from poisonbench.threat import PoisonSet
 
 OURS = ("*.safetensors", "*.json", "*.png", "*.csv")
-PUBLISHED = ("record.json", "poison.safetensors", "[!.]*.png", "[!.]*.csv")
+PUBLISHED = ("record.json", "transfer.json", "poison.safetensors", "[!.]*.png", "[!.]*.csv")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def load_data(setting: Setting) -> data.Dataset:
     import jax
     import jax.numpy as jnp
 
-    from poisonbench.victim.resnet9 import architecture
+    from poisonbench.victim.network import architecture
     from poisonbench.victim.training import make_optimizer
 
     compute.setup()
@@ -210,8 +210,8 @@ def _crafting_sources() -> str:
     """The library's code that decides a poison."""
     root = Path(__file__).parent
     names = (
-        "ascent.py", "clean.py", "compute.py", "data.py", "flips.py", "threat.py", "metagradient/*.py",
-        "victim/*.py",
+        "ascent.py", "compute.py", "data.py", "flips.py", "perturb.py", "threat.py", "trained.py",
+        "metagradient/*.py", "victim/*.py",
     )  # fmt: skip
     return "".join(path.read_text("utf-8") for name in names for path in sorted(root.glob(name)))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -53,7 +53,8 @@ class Budget(BaseModel):
 
     Attributes:
         fraction: share of the whole training set that may be poisoned, in (0, 1), rounded down
-            to whole images. The set is the victim's as it would be without the attack, in both
+            to whole images; 1 where pixels stay within a radius, or nothing of the data would be
+            left. The set is the victim's as it would be without the attack, in both
             modes.
         mode: `replace` puts poison in the place of clean images.
         pixels: which pixel values a poisoned image may have.
@@ -61,10 +62,16 @@ class Budget(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    fraction: float = Field(gt=0, lt=1, allow_inf_nan=False)
+    fraction: float = Field(gt=0, le=1, allow_inf_nan=False)
     mode: Literal["replace"] = "replace"
     pixels: Annotated[Box | LInf, Field(discriminator="kind")] = Box()
     labels: Labels = "fixed"
+
+    @model_validator(mode="after")
+    def _leaves_data(self) -> Budget:
+        if self.fraction == 1 and isinstance(self.pixels, Box):
+            raise ValueError("a fraction of 1 needs a radius")
+        return self
 
     def count(self, num_train: int) -> int:
         """How many images may be poisoned.
@@ -93,8 +100,10 @@ def make_budget(fraction: float, labels: str, radius: int | None = None) -> Budg
     Raises:
         UserError: a value out of its range.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"--fraction must lie strictly between 0 and 1, not {fraction:g}")
+    if not 0 < fraction < 1 and not (fraction == 1 and radius is not None):
+        raise UserError(
+            f"--fraction must lie strictly between 0 and 1 (1 itself with --radius), not {fraction:g}"
+        )
     if labels not in ("fixed", "free"):
         raise UserError(f"--labels must be 'fixed' or 'free', not '{labels}'")
     if radius is not None and not 1 <= radius <= 255:

@@ -6,24 +6,29 @@ Claims tested for each attack, under every game it accepts:
 - the same key gives the same poison, byte for byte; nothing outside the task is needed;
 - it survives being saved and loaded unchanged;
 - the attacker's view is read-only, and holds neither test images nor evaluation seeds;
-- it can be interrupted at any checkpoint and ends with the same bytes.
+- it can be interrupted at any checkpoint and ends with the same bytes;
+- the test split, filled with pills, makes no difference;
+- it says how far it has come.
 
 The problem is tiny: 40 images of 8×8, a ResNet-9 of width 2, one epoch.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from poisonbench import attacks, harness
+from poisonbench import attacks, harness, runs
 from poisonbench._plugins import options
 from poisonbench.attacks import Attack, Task
 from poisonbench.data import Dataset, DataSpec, load
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal, LogRow
+from poisonbench.progress import Progress
+from poisonbench.setting import Setting
 from poisonbench.threat import Box, Budget, LInf, PoisonSet
 from poisonbench.tracks import DIGITS
 
@@ -32,7 +37,9 @@ GAMES = [
     Budget(fraction=0.1, labels="free"),
     Budget(fraction=0.1, labels="free", pixels=LInf(radius=8)),
     Budget(fraction=0.1, pixels=LInf(radius=8)),
+    Budget(fraction=1, pixels=LInf(radius=8)),
 ]
+TINY = DIGITS.recipes["smooth"].replace(width=2, epochs=1, batch_size=20)
 CHEAP = {
     "steps": "3", "check_every": "2", "check_seeds": "2", "start_seeds": "2", "trial_seeds": "2",
     "candidates": "2", "rounds": "3", "follower_steps": "2",
@@ -73,8 +80,7 @@ def dataset() -> Dataset:
 
 
 def task(dataset: Dataset, budget: Budget) -> Task:
-    recipe = DIGITS.recipes["smooth"].replace(width=2, epochs=1, batch_size=20)
-    return Task.of(dataset, budget, recipe)
+    return Task.of(dataset, budget, TINY)
 
 
 def built(name: str) -> Attack:
@@ -97,7 +103,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("budget", GAMES, ids=lambda b: f"{b.labels}-{b.pixels.kind}")
+@pytest.mark.parametrize("budget", GAMES, ids=lambda b: f"{b.labels}-{b.pixels.kind}-{b.fraction:g}")
 def test_within_budget_deterministic_and_storable(
     name: str, budget: Budget, dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -114,22 +120,65 @@ def test_within_budget_deterministic_and_storable(
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_every_attack_accepts_some_game(name: str) -> None:
-    def refuses(budget: Budget) -> bool:
+def a_game_of(name: str) -> Budget:
+    """The first of the games with free labels that an attack accepts, or else the first of all."""
+    for budget in sorted(GAMES, key=lambda budget: budget.labels == "fixed"):
         try:
             built(name).require(budget)
         except UserError:
-            return True
-        return False
+            continue
+        return budget
+    pytest.fail("the attack accepts no game")
 
-    assert not all(refuses(budget) for budget in GAMES)
+
+def test_nothing_depends_on_the_test_split(
+    name: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """White images of classes that there are not: whoever looked at them would do otherwise, or fail."""
+    pills = replace(
+        dataset,
+        test_images=np.full_like(dataset.test_images, 255),
+        test_labels=np.full_like(dataset.test_labels, 99),
+    )
+    victims = {"smooth": TINY, "standard": TINY}
+    setting = Setting(DIGITS, (), dataset.spec, None, a_game_of(name), victims, (0, 1))
+    request = runs.Request(setting, name, built(name), 3, "")
+    hashes = []
+    for split in (dataset, pills):
+        monkeypatch.setattr("poisonbench.data.load", lambda *_, split=split: split)
+        hashes.append(runs.craft(request, tmp_path / str(len(hashes))).poison.hash)
+    assert hashes[0] == hashes[1]
+
+
+def test_progress_is_reported(name: str, dataset: Dataset) -> None:
+    """An attack that trains or climbs says how far it has come; one that does neither need not."""
+    attack, budget = built(name), a_game_of(name)
+    bars: list[tuple[int, list[int]]] = []
+
+    class Watched(Journal):
+        def progress(self, title: str, total: int, done: int = 0) -> Progress:
+            bar, moved = super().progress(title, total, done), [done]
+            bars.append((total, moved))
+            advance = bar.advance
+
+            def watched(steps: int = 1, note: str = "") -> None:
+                moved[0] += steps
+                advance(steps, note)
+
+            bar.advance = watched  # type: ignore[method-assign]
+            return bar
+
+    journal = Watched()
+    attack.craft(task(dataset, budget), harness.crafting_key(3), journal)
+    assert bars or not journal.rows
+    assert bars or not {"steps", "rounds"} & {field.name for field in options(type(attack))}
+    assert all(0 < moved[0] <= total for total, moved in bars)
 
 
 def test_interrupted_anywhere_it_ends_with_the_same_bytes(
     name: str, dataset: Dataset, tmp_path: Path
 ) -> None:
-    budget = Budget(fraction=0.1, labels="free")
-    attack = accepted(name, budget)
+    attack, budget = built(name), a_game_of(name)
     key = harness.crafting_key(0)
     whole = attack.craft(task(dataset, budget), key, Journal(tmp_path / "whole"))
     for saves in range(1, 10):
@@ -178,14 +227,22 @@ def test_bounds_of_the_box_are_the_whole_range(dataset: Dataset) -> None:
 
 
 def test_mgd_climbs() -> None:
-    """Victims with seeds that no metastep used do worse on the poison than where it started."""
+    """Victims with seeds that no metastep used do worse on the poison than where it started.
+
+    And the images that metagradients rank highest are a better start than random ones.
+    """
     digits = load(DataSpec(name="digits", train_size=100, val_size=200, test_size=100))
     learns = DIGITS.recipes["smooth"].replace(width=4, batch_size=25, epochs=8, norm_momentum=0.8)
-    typed = {"steps": "8", "step-size": "0.2", "check-every": "4", "start-seeds": "2"}
-    journal = Journal()
     view = Task.of(digits, GAMES[0], learns)
-    attacks.build("mgd", list(typed.items())).craft(view, harness.crafting_key(0), journal)
-    held_out = [row["held_out_loss"] for row in journal.rows if "held_out_loss" in row]
+
+    def held_out_losses(**options: str) -> list[float]:
+        journal = Journal()
+        attack = attacks.build("mgd", [(name.replace("_", "-"), text) for name, text in options.items()])
+        attack.craft(view, harness.crafting_key(0), journal)
+        return [row["held_out_loss"] for row in journal.rows if "held_out_loss" in row]
+
+    held_out = held_out_losses(start="random", steps="8", step_size="0.2", check_every="4")
     assert held_out[0] < 2, "untrained victims are at log(10) = 2.3, and would prove nothing"
     assert held_out[0] + 0.01 < held_out[1]
     assert held_out[0] + 0.02 < held_out[2]
+    assert held_out[0] + 0.02 < held_out_losses(steps="0", start_seeds="2")[0]

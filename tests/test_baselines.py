@@ -29,12 +29,12 @@ import pytest
 from poisonbench import attacks, flips
 from poisonbench.ascent import Problem
 from poisonbench.attacks import Task, es, gradcancel, tgda
-from poisonbench.clean import CleanVictim
 from poisonbench.data import DataSpec, load
 from poisonbench.journal import Journal
 from poisonbench.metagradient import metagradient
 from poisonbench.threat import Budget
 from poisonbench.tracks import DIGITS
+from poisonbench.trained import TrainedVictim
 from poisonbench.victim.training import TrainingRun
 
 KEY = jax.random.key(5)
@@ -77,17 +77,17 @@ def test_what_one_image_can_take_off(classes: int, most: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def clean(task: Task) -> CleanVictim:
-    return CleanVictim.trained(task, KEY)
+def clean(task: Task) -> TrainedVictim:
+    return TrainedVictim.on_clean(task, KEY)
 
 
-def training_loss(task: Task, clean: CleanVictim, weights: Any) -> float:
+def training_loss(task: Task, clean: TrainedVictim, weights: Any) -> float:
     images = jnp.asarray(task.train_images / np.float32(255))
     ones = jnp.ones(len(images))
     return float(clean.loss(weights, images, jnp.asarray(task.train_labels), ones)) / len(images)
 
 
-def test_targets_do_worse_with_their_radius(task: Task, clean: CleanVictim) -> None:
+def test_targets_do_worse_with_their_radius(task: Task, clean: TrainedVictim) -> None:
     radii = gradcancel.RADII["all"]
     targets = [gradcancel._grad_pc(clean, task, radius, KEY) for radius in radii]
     losses = [training_loss(task, clean, weights) for weights in (clean.weights, *targets)]
@@ -101,7 +101,7 @@ def test_targets_do_worse_with_their_radius(task: Task, clean: CleanVictim) -> N
 @pytest.mark.parametrize("layers", [pytest.param("all", marks=pytest.mark.slow), "last"])
 def test_cancelling_leaves_less(task: Task, layers: Any) -> None:
     attack = gradcancel.GradCancel(layers=layers, steps=60, step_size=0.1)
-    clean = CleanVictim.trained(task, KEY, attack.layers)
+    clean = TrainedVictim.on_clean(task, KEY, attack.layers)
     chosen = flips.chosen_at_random(task, KEY)
     problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
     target = gradcancel._grad_pc(clean, task, gradcancel.RADII[layers][2], KEY)
@@ -131,7 +131,7 @@ def test_cancelling_leaves_less(task: Task, layers: Any) -> None:
 
 def test_too_few_poisons_cannot_cancel(task: Task) -> None:
     attack = gradcancel.GradCancel(layers="last", steps=200, step_size=0.1)
-    clean = CleanVictim.trained(task, KEY, attack.layers)
+    clean = TrainedVictim.on_clean(task, KEY, attack.layers)
     one = np.array([3])
     problem = Problem.of(task, one, task.train_labels[one], "cross_entropy")
     target = gradcancel._grad_pc(clean, task, 3.0, KEY)
@@ -146,7 +146,7 @@ def played(task: Task, *, direction: float, rounds: int = 12) -> tuple[Any, floa
     chosen = flips.chosen_at_random(task, KEY)
     problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
     game = tgda._Game(
-        CleanVictim.trained(task, KEY), problem.data.images, problem.data.labels, problem.data.slot,
+        TrainedVictim.on_clean(task, KEY), problem.data.images, problem.data.labels, problem.data.slot,
         jnp.asarray(chosen.indices, jnp.int32), problem.low, problem.high,
         problem.loss.images, problem.loss.labels,
     )  # fmt: skip

@@ -139,8 +139,8 @@ MISTAKES = [
     ("run --attack mgd --check-every 0", "--check-every must be at least 1"),
     ("run --attack mgd --momentum 1", "--momentum must lie in"),
     ("run --attack mgd --update adm", "--update adm"),
-    ("run --attack mgd --start flips", "give --labels free"),
-    ("run --attack label_flip", "label_flip changes labels: give --labels free"),
+    ("run --attack mgd --start flips --radius 8", "give --labels free"),
+    ("run --attack label_flip --radius 8", "label_flip needs wrong labels: give --labels free"),
     pytest.param("run --attack label_flip --labels free --source 3", "--target"),
     pytest.param(
         "run --attack label_flip --labels free --spread concentrated --source 3 --target 99",

@@ -159,10 +159,10 @@ def test_same_records_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_row_shows_its_record(tmp_path: Path) -> None:
     results = put(tmp_path, make("mgd", 10.0, 0.1), *controls(DIGITS.budget))
     here = "digits/mgd/none/run-0"
-    # By hand: s = 0.1·√(10/9), t(9) = 2.262157, half = t·s/√10 = 0.0754.
+    # By hand: s = 0.1·√(10/9), t(9) = 2.262157, half = t·s/√10 = 0.0754; 40 victims took 80 s.
     assert rows(page(results))[0] == [
         "1", "mgd", "10.00 ± 0.08", "10.00 ± 0.08", "90.45 → 80.45", "10.50 ± 0.08", "12 of 500",
-        "1,234 s", "2025-03-01",
+        "1,234 s", "617", "2025-03-01",
         f"[record]({here}/record.json), [poison]({here}/poison.safetensors)",
     ]  # fmt: skip
     (results / here / "summary.png").write_bytes(b"")
@@ -171,7 +171,7 @@ def test_a_row_shows_its_record(tmp_path: Path) -> None:
 
 
 def test_unknown_crafting_time_is_a_dash(tmp_path: Path) -> None:
-    assert rows(page(put(tmp_path, make(crafting_seconds=None))))[0][7] == "–"
+    assert rows(page(put(tmp_path, make(crafting_seconds=None))))[0][7:9] == ["–", "–"]
 
 
 def test_the_csv_has_the_numbers_in_full(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_text_from_records_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
     results = put(tmp_path, make("mgd", custom=[name], defense="none", status="valid"))
     (row,) = re.findall(r"<tbody>\s*<tr>(.*?)</tr>", render(page(results)), re.DOTALL)
     cells = re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)
-    assert len(cells) == 10
+    assert len(cells) == 11
     (heading,) = re.findall("<h3>(.*?)</h3>", render(page(results)))
     assert html.unescape(heading).startswith(f"digits, custom ({name}): replace")
     # What stands in the top-level page cannot end its own marked part.

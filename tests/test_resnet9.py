@@ -24,8 +24,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from poisonbench.errors import UserError
+from poisonbench.victim.network import architecture
 from poisonbench.victim.recipe import SMOOTH, STANDARD, Recipe
-from poisonbench.victim.resnet9 import BatchNorm, ConvBlock, ResNet9, architecture
+from poisonbench.victim.resnet9 import BatchNorm, ConvBlock, ResNet9
 
 PyTree = Any
 TINY = Recipe(width=1)

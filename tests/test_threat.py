@@ -83,6 +83,14 @@ def test_a_budget_that_selects_nothing_says_what_would_do() -> None:
         Budget(fraction=0.019).count(50)
 
 
+def test_all_images_may_be_poisoned_within_a_radius() -> None:
+    assert make_budget(1.0, "fixed", radius=8).count(50) == 50
+    with pytest.raises(UserError, match="--radius"):
+        make_budget(1.0, "fixed")
+    with pytest.raises(UserError, match="--fraction"):
+        make_budget(1.5, "fixed", radius=8)
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, 2.0, -0.1, float("nan"), float("inf")])
 def test_a_fraction_lies_strictly_between_0_and_1(fraction: float) -> None:
     with pytest.raises(UserError, match="strictly between 0 and 1"):

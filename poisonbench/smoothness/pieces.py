@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from poisonbench._files import content_hash, write_text
-from poisonbench.records import hardware, library_versions
-from poisonbench.smoothness.records import Frozen
+from poisonbench.records import Frozen, hardware, library_versions
 
 Piece = TypeVar("Piece", bound=Frozen)
 SOURCES = ("compute.py", "data.py", "threat.py", "metagradient/*.py", "victim/*.py")

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
-from poisonbench._files import write_text
 from poisonbench.data import DataSpec
-from poisonbench.errors import UserError
-from poisonbench.records import Config, Hardware, Hash, Name, Percent, Seconds
+from poisonbench.records import Config, Frozen, Hardware, Hash, Name, Percent, Seconds, Stored
 from poisonbench.smoothness.intervals import crossed_interval, pairs_interval
 from poisonbench.smoothness.probe import Probe
 from poisonbench.statistics import Interval, mean_interval
@@ -37,12 +34,6 @@ def numbers(values: np.ndarray) -> list[Any]:
 def array(values: Sequence[Any]) -> np.ndarray:
     """The inverse of `numbers`, in float64, with NaN for what was not finite."""
     return np.array(values, np.float64)
-
-
-class Frozen(BaseModel):
-    """Immutable, without unknown fields, without NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Gain(Frozen):
@@ -162,7 +153,7 @@ class Landscape(Frozen):
     seconds: Seconds
 
 
-class SmoothnessRecord(Frozen):
+class SmoothnessRecord(Stored):
     """All that was measured in one call, and what it was measured with.
 
     Attributes:
@@ -212,27 +203,6 @@ class SmoothnessRecord(Frozen):
         if self.status == "invalid" and not self.remark:
             raise ValueError("an invalid record needs a remark that says why")
         return self
-
-    def save(self, path: Path) -> None:
-        """Write the record, whole or not at all."""
-        write_text(path, self.model_dump_json(indent=1) + "\n")
-
-    @staticmethod
-    def load(path: Path) -> SmoothnessRecord:
-        """Read a record that anybody may have written.
-
-        Raises:
-            UserError: it cannot be read, or is not a record.
-        """
-        try:
-            return SmoothnessRecord.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "file"
-            what = " ".join(f"{where}: {problem['msg']}".split())
-            raise UserError(f"{path} is not a valid record ({what})") from None
 
 
 def unfinite(values: Sequence[Any]) -> str:

@@ -35,12 +35,11 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from poisonbench import harness
 from poisonbench.attacks import Task
 from poisonbench.metagradient import NonFiniteError, metagradient
-from poisonbench.records import Percent
+from poisonbench.records import Frozen, Percent
 from poisonbench.smoothness import definitions
 from poisonbench.smoothness.pieces import Pieces
 from poisonbench.smoothness.probe import Probe
 from poisonbench.smoothness.records import (
-    Frozen,
     Gain,
     Landscape,
     Number,

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from poisonbench.errors import UserError, unknown_name
 
+Network = Literal["resnet9", "cnn"]
 Activation = Literal["relu", "gelu"]
 Pooling = Literal["max", "average"]
 NormPlacement = Literal["before_activation", "after_activation"]
@@ -31,6 +32,8 @@ class Recipe:
     """A victim's architecture and training; hashable, so it can be a static argument.
 
     Attributes:
+        network: `resnet9`; or `cnn`, three plain convolutions without batch norm, to see how poison
+            fares on a victim of another kind.
         width: channels of the first convolution; later stages have 2, 4 and 8 times as many.
         activation: nonlinearity after every convolution.
         pooling: how maps shrink, at each stage and before the classifier.
@@ -56,6 +59,7 @@ class Recipe:
             than statistics of the data, so that poison cannot move them.
     """
 
+    network: Network = "resnet9"
     width: int = 64
     activation: Activation = "gelu"
     pooling: Pooling = "average"
@@ -126,6 +130,7 @@ class Recipe:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "network": get_args(Network),
     "activation": get_args(Activation),
     "pooling": get_args(Pooling),
     "norm": get_args(NormPlacement),

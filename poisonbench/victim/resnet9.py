@@ -8,18 +8,15 @@ scale of the logits.
 
 from __future__ import annotations
 
-from functools import lru_cache, reduce
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from poisonbench.errors import UserError
 from poisonbench.victim.convolution import Convolution, convolve, for_backend
 from poisonbench.victim.recipe import Recipe
-
-MIN_RESOLUTION = 8
 
 
 class BatchNorm(nnx.Module):
@@ -82,7 +79,7 @@ class ConvBlock(nnx.Module):
             x = activation(self.norm(x, train))
         else:
             x = self.norm(activation(x), train)
-        return _halve(x, self.recipe) if self.pool else x
+        return halve(x, self.recipe) if self.pool else x
 
 
 class ResNet9(nnx.Module):
@@ -127,12 +124,12 @@ class ResNet9(nnx.Module):
         x = x + self.residual1[1](self.residual1[0](x, train), train)
         x = self.stage3(self.stage2(x, train), train)
         x = x + self.residual3[1](self.residual3[0](x, train), train)
-        return self.classifier(_reduce(x, (1, 2), self.recipe)) * jnp.asarray(
+        return self.classifier(reduce_map(x, (1, 2), self.recipe)) * jnp.asarray(
             self.recipe.final_scale, x.dtype
         )
 
 
-def _halve(x: Array, recipe: Recipe) -> Array:
+def halve(x: Array, recipe: Recipe) -> Array:
     """Pool 2×2 pixels to one; an odd last row or column is dropped.
 
     Written as a reshape because XLA's windowed reductions, like its convolutions, are slow on a
@@ -140,10 +137,10 @@ def _halve(x: Array, recipe: Recipe) -> Array:
     """
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return _reduce(x.reshape(batch, height // 2, 2, width // 2, 2, channels), (2, 4), recipe)
+    return reduce_map(x.reshape(batch, height // 2, 2, width // 2, 2, channels), (2, 4), recipe)
 
 
-def _reduce(x: Array, axes: tuple[int, int], recipe: Recipe) -> Array:
+def reduce_map(x: Array, axes: tuple[int, int], recipe: Recipe) -> Array:
     """The mean or the largest of each window, whose two axes these are."""
     if recipe.pooling == "average":
         return x.mean(axes)
@@ -161,22 +158,3 @@ def _larger(a: Array, b: Array) -> Array:
     XLA computes an entry twice in two ways, and then none is equal.
     """
     return jnp.where(a >= b, a, b)
-
-
-@lru_cache(maxsize=64)
-def architecture(
-    recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int
-) -> nnx.GraphDef[ResNet9]:
-    """The network without its numbers: what `nnx.merge` needs beside parameters and statistics.
-
-    Raises:
-        UserError: images too small for three halvings.
-    """
-    height, width, channels = image_shape
-    if min(height, width) < MIN_RESOLUTION:
-        raise UserError(
-            f"ResNet-9 needs images of at least {MIN_RESOLUTION}×{MIN_RESOLUTION}, not"
-            f" {height}×{width}: choose a larger --resolution"
-        )
-    model = nnx.eval_shape(lambda: ResNet9(recipe, channels, num_classes, rngs=nnx.Rngs(0)))
-    return nnx.graphdef(model)

@@ -24,8 +24,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from poisonbench.errors import UserError, unknown_name
+from poisonbench.victim.network import architecture, build
 from poisonbench.victim.recipe import Recipe
-from poisonbench.victim.resnet9 import ResNet9, architecture
 
 PyTree = Any
 
@@ -170,7 +170,7 @@ def _start_compiled(
     def one_seed(key: PRNGKeyArray) -> tuple[Array, TrainState]:
         init_key, order_key, _ = jax.random.split(key, 3)  # the third is for augmentation
         order = jax.vmap(one_epoch)(jax.random.split(order_key, recipe.epochs))
-        model = ResNet9(recipe, image_shape[2], num_classes, rngs=nnx.Rngs(init_key))
+        model = build(recipe, image_shape[2], num_classes, nnx.Rngs(init_key))
         parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
         optimizer = make_optimizer(recipe, num_steps)
         params, stats = nnx.to_pure_dict(parts[1]), nnx.to_pure_dict(parts[2])
@@ -242,13 +242,13 @@ def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformati
     Raises:
         UserError: no optax optimizer of that name, or one that takes other arguments.
     """
-    build: Callable[..., optax.GradientTransformation] | None
-    build = getattr(optax, recipe.optimizer, None)
-    if build is None:
+    named: Callable[..., optax.GradientTransformation] | None
+    named = getattr(optax, recipe.optimizer, None)
+    if named is None:
         known = [name for name in dir(optax) if name.islower() and not name.startswith("_")]
         raise unknown_name("optax optimizer", recipe.optimizer, known)
     try:
-        optimizer = build(learning_rate_schedule(recipe, num_steps), **dict(recipe.optimizer_options))
+        optimizer = named(learning_rate_schedule(recipe, num_steps), **dict(recipe.optimizer_options))
         if not isinstance(optimizer, optax.GradientTransformation):
             raise TypeError("it is no optimizer with a learning rate")
     except (TypeError, AttributeError) as error:

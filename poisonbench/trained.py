@@ -1,4 +1,4 @@
-"""A victim trained on clean data, as a function of its weights: where model-targeted attacks begin."""
+"""A trained victim as a function of its weights and images: where model-targeted attacks begin."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -21,8 +22,8 @@ Layers = Literal["all", "last"]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class CleanVictim:
-    """A trained victim whose weights may be moved.
+class TrainedVictim:
+    """A victim after training, or on its way, to be attacked with its batch norm held still.
 
     Batch norm normalises by the statistics that its training tracked, so that a loss is a sum over
     images, and so is its gradient.
@@ -39,12 +40,12 @@ class CleanVictim:
     state: TrainState
 
     @staticmethod
-    def trained(task: Task, key: PRNGKeyArray, layers: Layers = "all") -> CleanVictim:
+    def on_clean(task: Task, key: PRNGKeyArray, layers: Layers = "all") -> TrainedVictim:
         """Train one on the task's data."""
         data = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
         run, state = TrainingRun.start(task.recipe, data, key[None])
         state = train(run, state, jnp.zeros((0, *task.train_images.shape[1:])))
-        return CleanVictim(task.recipe, task.num_classes, layers, jax.tree.map(lambda x: x[0], state))
+        return TrainedVictim(task.recipe, task.num_classes, layers, jax.tree.map(lambda x: x[0], state))
 
     @property
     def weights(self) -> PyTree:
@@ -65,3 +66,13 @@ class CleanVictim:
         targets = optax.smooth_labels(targets, self.recipe.label_smoothing)
         said = logits(self.recipe, self.num_classes, state, images)
         return (optax.softmax_cross_entropy(said, targets) * counted).sum()
+
+    def classes(self, images: Float[np.ndarray, "p h w c"]) -> Int[np.ndarray, " p"]:
+        """What it takes images in [0, 1] for."""
+        parts = [_classes(self, jnp.asarray(images[i : i + 500])) for i in range(0, len(images), 500)]
+        return np.concatenate([np.asarray(part) for part in parts])
+
+
+@jax.jit
+def _classes(victim: TrainedVictim, images: Float[Array, "b h w c"]) -> Int[Array, " b"]:
+    return logits(victim.recipe, victim.num_classes, victim.state, images).argmax(-1)

@@ -1,0 +1,79 @@
+"""Linearly separable perturbations: a pattern of blocks for each class, which says the label by itself.
+
+Every class has a point in a space of few dimensions, and an image gets the point of its class plus a
+little noise, drawn as a grid of square blocks of one colour each and added to the pixels. A victim that
+learns to read the pattern needs nothing of the image, and on clean images finds no pattern. Neither
+victim nor gradient is needed to make it.
+
+Paper: Yu, Zhang, Chen, Yin and Liu, "Availability Attacks Create Shortcuts", KDD 2022,
+https://arxiv.org/abs/2111.00898. On all of CIFAR-10, a victim that has 94.68 % on clean data is left
+with 19.07 %, as a later paper measured it (Liu et al., "Image Shortcut Squeezing", 2023,
+https://arxiv.org/abs/2301.13838).
+
+What is left open, and how it is settled here:
+
+- *The norm.* The paper bounds the Euclidean norm; within a radius for each pixel the pattern is scaled
+  so that its largest block is at the radius.
+- *The blocks*: 8×8 pixels of a 32×32 image in the paper, a quarter of the side here at any
+  resolution.
+- *The points* are drawn from a normal distribution, ten times as far apart as the noise within a class.
+
+Cost: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from poisonbench.ascent import require_at_least_one
+from poisonbench.attacks import Attack, Task
+from poisonbench.errors import UserError
+from poisonbench.flips import chosen_at_random
+from poisonbench.journal import Journal
+from poisonbench.perturb import require_radius
+from poisonbench.threat import Budget, LInf, PoisonSet
+
+
+@dataclass(frozen=True)
+class LSP(Attack):
+    """Blocks of colour that tell the class.
+
+    Attributes:
+        blocks: along a side of the image.
+        separation: of two classes, in standard deviations of the noise within one.
+    """
+
+    blocks: int = 4
+    separation: float = 10.0
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "blocks")
+        if not self.separation > 0:
+            raise UserError("--separation must be above 0")
+
+    def require(self, budget: Budget) -> None:
+        """A perturbation needs a radius."""
+        require_radius(budget, "lsp")
+
+    def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
+        """Add the pattern of its class to every image that may be changed."""
+        assert isinstance(task.budget.pixels, LInf)
+        pick, class_key, noise_key = jax.random.split(key, 3)
+        chosen = chosen_at_random(task, pick)
+        images = task.train_images[chosen.indices]
+        _, height, width, channels = images.shape
+        grid = (min(self.blocks, height), min(self.blocks, width), channels)
+        centres = np.asarray(jax.random.normal(class_key, (task.num_classes, *grid)))
+        within = np.asarray(jax.random.normal(noise_key, (len(images), *grid)))
+        points = self.separation * centres[chosen.labels] + within
+        points /= np.abs(points).max((1, 2, 3), keepdims=True)
+        rows, columns = (
+            np.arange(side) * n // side for side, n in ((height, grid[0]), (width, grid[1]))
+        )
+        pattern = np.rint(points * task.budget.pixels.radius)[:, rows][:, :, columns]
+        moved = np.clip(images + pattern, *task.bounds(chosen.indices)).astype(np.uint8)
+        return task.poison(chosen.indices, moved, chosen.labels)

@@ -1,0 +1,209 @@
+"""Pictures across records: drop against the cost of crafting, how crafting went, drop against fraction.
+
+A picture's bytes depend on the library that draws it, so what is compared with the records is not the
+pixels: each file carries a digest of the numbers in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from poisonbench._files import replacing
+from poisonbench.records import Record
+
+from .games import Game, Row, canonical
+
+FOLDER = "figures"
+DIGEST = "Description"
+"""Of the text fields that a PNG may have."""
+ENOUGH = 3
+"""Checks on held-out seeds that make a curve."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a figure shows, and how it is drawn.
+
+    Attributes:
+        numbers: everything that is plotted, JSON-ready.
+        draw: makes the figure of them.
+    """
+
+    numbers: dict[str, Any]
+    draw: Callable[[dict[str, Any]], Figure]
+
+    @property
+    def digest(self) -> str:
+        """Hash of the numbers, which the file carries."""
+        return hashlib.sha256(canonical(self.numbers).encode()).hexdigest()
+
+    def is_in(self, path: Path) -> bool:
+        """Whether the file shows these numbers."""
+        try:
+            with Image.open(path) as image:
+                return image.info.get(DIGEST) == self.digest
+        except OSError:
+            return False
+
+    def save(self, path: Path) -> None:
+        """Draw it to a file."""
+        with replacing(path) as temporary:
+            self.draw(self.numbers).savefig(
+                temporary, format="png", dpi=110, metadata={"Software": None, DIGEST: self.digest}
+            )
+
+
+def pictures(games: list[Game], results: Path) -> dict[Path, Picture]:
+    """All figures of these tables, by path relative to the results."""
+    found: dict[Path, Picture] = {}
+    for game in games:
+        if game.frozen and (numbers := _costs(game, results)):
+            found[of_game(game)] = Picture(numbers, _draw_costs)
+    for slug, numbers in _fractions(games).items():
+        found[Path(FOLDER, f"{slug}.png")] = Picture(numbers, _draw_fractions)
+    return found
+
+
+def of_game(game: Game) -> Path:
+    """Where the figure of a table lies, relative to the results."""
+    return Path(FOLDER, f"{game.slug}.png")
+
+
+def _costs(game: Game, results: Path) -> dict[str, Any] | None:
+    """Drop against cost, attack by attack; None where fewer than two attacks have a cost."""
+    rows = [row for row in game.ranked if row.trainings is not None]
+    if len({row.record.attack for row in rows if row.trainings}) < 2:
+        return None
+    judge = game.recipes[0]
+    points = [
+        {"name": row.name, "trainings": round(row.trainings or 0, 1), **_drop(row, judge)}
+        for row in rows
+    ]
+    curves = [{"name": row.name, "points": curve} for row in rows if (curve := _curve(row, results))]
+    return {"title": game.title, "victims": judge, "points": points, "curves": curves}
+
+
+def _drop(row: Row, recipe: str) -> dict[str, float]:
+    drop = row.scores(recipe).drop
+    return {"drop": round(drop.mean, 4), "half": round((drop.high - drop.low) / 2, 4)}
+
+
+def _curve(row: Row, results: Path) -> list[list[float]] | None:
+    """Held-out loss against trainings spent, as if all metasteps had cost the same."""
+    path = results / row.folder / "crafting.csv"
+    if not path.is_file() or not row.trainings:
+        return None
+    log = pd.read_csv(path)
+    if not {"metastep", "held_out_loss"} <= set(log.columns):
+        return None
+    checked = log.dropna(subset=["held_out_loss"])
+    if len(checked) < ENOUGH:
+        return None
+    last = max(1, int(log["metastep"].max()))
+    return [
+        [round(row.trainings * step / last, 1), round(float(loss), 5)]
+        for step, loss in zip(checked["metastep"], checked["held_out_loss"], strict=True)
+    ]
+
+
+def _fractions(games: list[Game]) -> dict[str, dict[str, Any]]:
+    """Drop against fraction, for tables that differ in nothing else; by the name of the figure."""
+    alike: dict[str, list[Game]] = {}
+    for game in games:
+        if game.frozen and game.ranked:
+            first = game.ranked[0].record
+            budget = first.budget.model_dump(exclude={"fraction"})
+            alike.setdefault(canonical([game.track, budget, first.defense]), []).append(game)
+    found: dict[str, dict[str, Any]] = {}
+    for group in alike.values():
+        if len({game.ranked[0].record.budget.fraction for game in group}) < 2:
+            continue
+        lines: dict[str, list[tuple[float, Row]]] = {}
+        for game in group:
+            for row in game.ranked:
+                lines.setdefault(_family(row.record), []).append((row.record.budget.fraction, row))
+        judge = group[0].recipes[0]
+        drawn = [
+            {
+                "name": _plain(line[0][1]),
+                "points": [
+                    {"fraction": fraction, **_drop(row, judge)}
+                    for fraction, row in sorted(line, key=lambda point: point[0])
+                ],
+            }
+            for _, line in sorted(lines.items())
+            if len(line) > 1
+        ]
+        if drawn:
+            title = group[0].title.rpartition(",")[0]
+            slug = f"{group[0].slug.rpartition('-pixels')[0]}-by-fraction"
+            found[slug] = {"title": title, "victims": judge, "track": group[0].track, "lines": drawn}
+    return found
+
+
+def _family(record: Record) -> str:
+    """What two records of one line share: the attack, whole."""
+    return canonical([record.attack, record.attack_config, record.attack_seed])
+
+
+def _plain(row: Row) -> str:
+    spread = row.record.attack_config.get("spread")
+    return f"{row.record.attack} ({spread})" if spread else row.record.attack
+
+
+def _draw_costs(numbers: dict[str, Any]) -> Figure:
+    curves = numbers["curves"]
+    figure = Figure(figsize=(11 if curves else 6, 4), layout="constrained")
+    panels: Any = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
+    figure.suptitle(numbers["title"], fontsize=10)
+    for i, point in enumerate(numbers["points"]):
+        panels[0].errorbar(
+            point["trainings"], point["drop"], point["half"], fmt="none", ecolor=f"C{i % 10}", capsize=2,
+        )  # fmt: skip
+        panels[0].plot(
+            point["trainings"], point["drop"], linestyle="", color=f"C{i % 10}",
+            marker="osD^v"[i // 10 % 5], label=point["name"],
+        )  # fmt: skip
+    panels[0].set_xscale("symlog", linthresh=1)
+    panels[0].set_xlim(left=-0.1)
+    panels[0].set_ylabel(f"points lost, {numbers['victims']} victims")
+    if curves:
+        names = [point["name"] for point in numbers["points"]]
+        for curve in curves:
+            color = f"C{names.index(curve['name']) % 10}"
+            panels[1].plot(*zip(*curve["points"], strict=True), "o-", color=color, label=curve["name"])
+        panels[1].set_ylabel("validation loss, held-out seeds")
+    for axes in panels:
+        _finish(axes, "crafting, in trainings of one victim")
+    return figure
+
+
+def _draw_fractions(numbers: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(numbers["title"], fontsize=10)
+    for line in numbers["lines"]:
+        x = [100 * point["fraction"] for point in line["points"]]
+        y, half = ([point[name] for point in line["points"]] for name in ("drop", "half"))
+        axes.errorbar(x, y, half, fmt="o-", label=line["name"], capsize=2)
+    axes.set_xscale("log")
+    axes.set_ylabel(f"points lost, {numbers['victims']} victims")
+    _finish(axes, "share of the training set poisoned, %")
+    return figure
+
+
+def _finish(axes: Axes, x: str) -> None:
+    axes.set_xlabel(x)
+    if axes.get_ylim()[0] <= 0:
+        axes.axhline(0, color="0.8", linewidth=1, zorder=0)
+    axes.legend(frameon=False, fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,83 @@
+"""How far a poison carries: what victims lose to it that it was not crafted against.
+
+A track names such victims: a wider and a narrower ResNet-9, one that another optimizer trains, and a
+plain network of another shape. They are measured in pairs like all others, on the evaluation seeds of
+the run, and kept beside its record in a file of their own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AwareDatetime, Field
+
+from poisonbench import compute, data, harness, records
+from poisonbench._files import require_writable
+from poisonbench.errors import UserError
+from poisonbench.records import Hardware, Hash, Record, Seconds, Stored, VictimScores
+from poisonbench.threat import PoisonSet
+from poisonbench.tracks import TRACKS
+
+FILE = "transfer.json"
+
+
+class Transfer(Stored):
+    """Scores of one poison on the transfer victims of its track.
+
+    Attributes:
+        poison_hash: content hash of the poison file.
+        victims: scores, recipe by recipe.
+        evaluation_seconds: wall time on `hardware`.
+        command: what reproduces it.
+        code: version of poisonbench; the git commit and whether the tree was dirty, where known.
+    """
+
+    schema_version: Literal[1] = 1
+    poison_hash: Hash
+    victims: list[VictimScores] = Field(min_length=1)
+    evaluation_seconds: Seconds
+    created: AwareDatetime
+    command: str
+    code: dict[str, str | bool | None]
+    libraries: dict[str, str]
+    hardware: Hardware
+
+
+def measure(folder: Path, data_dir: str | None, out: Path, command: str) -> Transfer:
+    """Train the transfer victims of a finished run's track, and write `transfer.json` beside its record.
+
+    Args:
+        folder: of the run; what it holds already is not measured again.
+        data_dir: where TFDS sets lie on this machine.
+        out: folder for runs, where finished groups of victims are kept.
+        command: what the user typed.
+
+    Raises:
+        UserError: there is no finished run, its track is gone, or its poison or its data are not
+            those of its record.
+    """
+    record, poison = Record.load(folder / "record.json"), PoisonSet.load(folder / "poison.safetensors")
+    if poison.hash != record.poison_hash:
+        raise UserError(f"{folder} holds another poison than its record scored: run it again")
+    path = folder / FILE
+    if path.exists() and (stored := Transfer.load(path)).poison_hash == poison.hash:
+        return stored
+    track = TRACKS.get(record.track)
+    if track is None:
+        raise UserError(f"{folder} is of the track {record.track}, which is no longer there")
+    require_writable(folder)
+    compute.setup()
+    dataset = data.load(record.dataset, data_dir)
+    if dataset.hashes() != record.hashes:
+        raise UserError(f"the data are not those that {folder} was measured on: name their --data-dir")
+    seeds = record.victims[0].seeds
+    kept = out / track.name / "victims"
+    done = harness.evaluate(dataset, poison, dict(track.transfer), seeds, kept)
+    transfer = Transfer(
+        poison_hash=poison.hash, victims=done.victims, evaluation_seconds=round(done.seconds, 1),
+        created=records.now(), command=command, code=records.code_version(),
+        libraries=records.library_versions(), hardware=records.hardware(),
+    )  # fmt: skip
+    transfer.save(path)
+    return transfer

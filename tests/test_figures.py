@@ -1,0 +1,101 @@
+"""Figures across records show what the records hold, and are drawn anew when that changes.
+
+Claims of `poisonbench.leaderboard.figures` tested here:
+
+- a table of two attacks that cost something gets a figure of drop against cost, one of fewer does not,
+  nor do custom records;
+- how crafting went is drawn where the run's log has enough checks, against trainings spent;
+- tables that differ in nothing but the fraction share a figure, whose lines join records of one attack
+  with one configuration;
+- a figure that shows other numbers than the records is found and drawn anew, one that belongs to no
+  record goes; the same numbers are not drawn again;
+- the page shows the figures that there are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from test_leaderboard import DIGITS, FREE, make, page, put
+
+figures: Any = importlib.import_module("poisonbench.leaderboard.figures")
+games: Any = importlib.import_module("poisonbench.leaderboard.games")
+tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
+
+COSTS = Path("figures/digits-replace-free-labels-any-pixels-0.025-of-the-set.png")
+LOG = "metastep,loss,held_out_loss\n0,,0.5\n1,0.6,\n2,0.7,0.8\n4,0.7,0.9\n"
+
+
+def found(results: Path) -> dict[Path, Any]:
+    pictures: dict[Path, Any] = figures.pictures(games.read(results), results)
+    return pictures
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    several = [make("mgd", 12.0, budget=FREE), make("es", 3.0, budget=FREE, crafting_seconds=40.0)]
+    (put(tmp_path, *several) / "digits/mgd/none/run-0/crafting.csv").write_text(LOG)
+    return tmp_path
+
+
+def test_drop_against_cost(results: Path) -> None:
+    numbers = found(results)[COSTS].numbers
+    assert [(p["name"], p["trainings"], p["drop"]) for p in numbers["points"]] == [
+        ("mgd", 617.2, 12.0), ("es", 20.0, 3.0),
+    ]  # fmt: skip
+    assert numbers["points"][0]["half"] == pytest.approx(0.0754, abs=1e-4)
+    # By hand: 617.2 trainings over 4 metasteps.
+    assert numbers["curves"] == [{"name": "mgd", "points": [[0.0, 0.5], [308.6, 0.8], [617.2, 0.9]]}]
+    assert f"]({COSTS.as_posix()})" in page(results)
+
+
+def test_no_figure_of_one_attack_or_of_custom_records(tmp_path: Path) -> None:
+    put(tmp_path, make("mgd", 12.0), make("none", 0.0, 0.0, crafting_seconds=0.0))
+    put(tmp_path, make("mgd", custom=["seeds"]), make("es", custom=["seeds"]))
+    assert found(tmp_path) == {}
+    assert "![Drop" not in page(tmp_path)
+
+
+def test_drop_against_fraction(tmp_path: Path) -> None:
+    for fraction, drop in ((0.05, 9.0), (0.01, 2.0), (0.025, 5.0)):
+        budget = DIGITS.budget.model_copy(update={"fraction": fraction})
+        num_poison = budget.count(500)
+        put(tmp_path, make("mgd", drop, budget=budget, num_poison=num_poison))
+    put(tmp_path, make("mgd", 7.0, attack_seed=1), make("es", 1.0, attack_config={"sigma": 0.1}))
+    path = Path("figures/digits-replace-fixed-labels-any-by-fraction.png")
+    (line,) = found(tmp_path)[path].numbers["lines"]
+    assert line["name"] == "mgd"
+    assert [(point["fraction"], point["drop"]) for point in line["points"]] == [
+        (0.01, 2.0), (0.025, 5.0), (0.05, 9.0),
+    ]  # fmt: skip
+    assert f"]({path.as_posix()})" in page(tmp_path)
+
+
+def test_figures_follow_the_records(results: Path) -> None:
+    path = results / COSTS
+    assert path in tables.update(results, check=True)
+    assert not path.exists()
+    tables.update(results)
+    drawn = path.read_bytes()
+    with Image.open(path) as image:
+        assert image.width > image.height > 100
+    assert tables.update(results, check=True) == tables.update(results) == []
+    assert path.read_bytes() == drawn
+
+    log = results / "digits/mgd/none/run-0/crafting.csv"
+    log.write_text(LOG.replace("0.8", "0.81"))
+    assert tables.update(results, check=True) == [path]
+    assert path.read_bytes() == drawn
+    assert tables.update(results) == [path]
+    assert path.read_bytes() != drawn
+
+    path.write_bytes(b"no picture")
+    assert tables.update(results) == [path]
+    stale = path.with_name("gone.png")
+    stale.write_bytes(b"")
+    assert tables.update(results) == [stale]
+    assert not stale.exists()
