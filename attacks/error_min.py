@@ -79,7 +79,8 @@ class ErrorMin(Attack):
         chosen = chosen_at_random(task, pick)
         indices, labels = chosen.indices, chosen.labels
         clean = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
-        run, state = TrainingRun.start(task.recipe, clean.with_poison(indices, labels), run_key[None])
+        data = clean.with_poison(indices, labels, add=task.budget.mode == "add")
+        run, state = TrainingRun.start(task.recipe, data, run_key[None])
         arrays = journal.restore()
         z, done = task.train_images[indices] / np.float32(255), 0
         if arrays is not None:

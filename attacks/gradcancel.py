@@ -19,8 +19,8 @@ What is left open, and how it is settled here:
   the target moves and the gradients cancel in the same ones.
 - *Batch norm* normalises by the statistics that the clean victim tracked, so that a gradient is a sum
   over images; training on the poison moves them.
-- *The game.* The paper adds its points; here they take the place of clean ones, whose gradients are
-  left out of `g`.
+- *The game.* The paper adds its points (`--mode add`); where they take the place of clean ones, those
+  ones' gradients are left out of `g`.
 - *The radius*, on which everything depends: five, relative to the norm of the weights, judged by
   victims on validation data.
 
@@ -85,7 +85,7 @@ class GradCancel(Attack):
 
     def require(self, budget: Budget) -> None:
         """There must be clean images whose gradient is cancelled."""
-        if budget.fraction == 1:
+        if budget.fraction == 1 and budget.mode == "replace":
             raise UserError("gradcancel cancels the gradient of clean images: give --fraction below 1")
 
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
@@ -114,7 +114,8 @@ class GradCancel(Attack):
         self, clean: TrainedVictim, target: PyTree, task: Task, problem: Problem, indices: np.ndarray
     ) -> tuple[np.ndarray, dict[str, float | int]]:
         """The pixels that cancel best at a target, `[p, h, w, c]` uint8, and how well they do."""
-        kept = np.setdiff1d(np.arange(len(task.train_labels)), indices)
+        replaced = indices if task.budget.mode == "replace" else indices[:0]
+        kept = np.setdiff1d(np.arange(len(task.train_labels)), replaced)
         gradient = _summed_gradient(clean, target, task.train_images[kept], task.train_labels[kept])
         needed, given = _share_needed(target, gradient, len(kept), task.num_classes), len(indices)
         say(f"this target needs {needed:.3g} poisons for each clean image; there are"

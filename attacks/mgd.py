@@ -30,7 +30,7 @@ Measured: see `results/README.md`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -85,7 +85,8 @@ class MGD(Ascent):
     def _most_influential(self, task: Task, keys: Key[Array, " seeds"], journal: Journal) -> PoisonSet:
         """The images through which the victim is hurt most, and the labels that do it."""
         labels = task.train_labels
-        problem = Problem.of(task, np.arange(len(labels)), labels, self.goal)
+        everything = replace(task, budget=task.budget.model_copy(update={"mode": "replace"}))
+        problem = Problem.of(everything, np.arange(len(labels)), labels, self.goal)
         targets = jax.nn.one_hot(labels, task.num_classes)
         z = Poison(jnp.asarray(task.train_images, jnp.float32) / 255, targets)
         total = jax.tree.map(jnp.zeros_like, z)
@@ -99,12 +100,13 @@ class MGD(Ascent):
         gains = np.array(total.targets)
         own = gains[np.arange(len(labels)), labels]
         gains[np.arange(len(labels)), labels] = -np.inf
+        room = np.bincount(labels, minlength=task.num_classes)
         if task.budget.labels == "free":
-            # A flip takes the right pair of image and label away; a copy elsewhere leaves it.
-            flips = _best_pairs(gains - own[:, None], task.num_poison, np.full(task.num_classes, np.inf))
-        else:
-            places = np.bincount(labels, minlength=task.num_classes)
-            flips = _best_pairs(gains, task.num_poison, places)
+            room = np.full(task.num_classes, np.inf)
+            if task.budget.mode == "replace":
+                # A flip takes the right pair of image and label away; a copy elsewhere leaves it.
+                gains -= own[:, None]
+        flips = _best_pairs(gains, task.num_poison, room)
         return placed(task, flips, keys[0], worth=-own)
 
 

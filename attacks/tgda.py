@@ -23,7 +23,7 @@ What is left open, and how it is settled here:
 - *The Hessian* is that of f on a batch, plus a multiple of the identity: away from a minimum it is
   not positive.
 - *The leader's step* is Adam's, since the scale of a generator's parameters says nothing.
-- *The game.* The paper adds its points; here they take the place of clean ones.
+- *The game.* The paper adds its points (`--mode add`); here they may also take the place of clean ones.
 - *Which poison is kept*: the best of several rounds by victims trained on it, not the last.
 
 Cost: in each round, twenty steps on a batch and 17 second-order products, about as much as 60 steps of

@@ -59,7 +59,8 @@ class Problem:
         images, truth = jnp.asarray(task.val_images), jnp.asarray(task.val_labels)
         loss = ValidationLoss(task.recipe, task.num_classes, goal, images, truth)
         low, high = (jnp.asarray(bound, jnp.float32) / 255 for bound in task.bounds(indices))
-        return Problem(task.recipe, clean.with_poison(indices, labels), loss, low, high)
+        data = clean.with_poison(indices, labels, add=task.budget.mode == "add")
+        return Problem(task.recipe, data, loss, low, high)
 
     def harm(self, images: UInt8[np.ndarray, "p h w c"], keys: Key[Array, " seeds"]) -> float:
         """The mean loss of a victim for each key, trained on a poison as it would be stored."""

@@ -51,6 +51,9 @@ LabelsOption = Annotated[str | None, typer.Option(help="`fixed` or `free`.")]
 RadiusOption = Annotated[
     int | None, typer.Option(help="Largest change of a pixel, in 8-bit levels. [default: any]")
 ]
+ModeOption = Annotated[
+    str | None, typer.Option(help="`replace` clean images by poison, or `add` it beside them.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -80,6 +83,7 @@ def run(
     fraction: FractionOption = None,
     labels: LabelsOption = None,
     radius: RadiusOption = None,
+    mode: ModeOption = None,
     set_: SetOption = None,
     seed: SeedOption = 0,
     seeds: SeedsOption = None,
@@ -113,6 +117,7 @@ def craft(
     fraction: FractionOption = None,
     labels: LabelsOption = None,
     radius: RadiusOption = None,
+    mode: ModeOption = None,
     set_: SetOption = None,
     seed: SeedOption = 0,
     out: OutOption = Path("runs"),
@@ -355,6 +360,7 @@ def _setting(given: dict[str, Any]) -> Any:
         fraction=given["fraction"],
         labels=given["labels"],
         radius=given["radius"],
+        mode=given.get("mode"),
         overrides=given["set_"] or [],
         seeds=given["seeds"],
     )

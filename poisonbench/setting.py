@@ -54,6 +54,7 @@ def resolve(
     fraction: float | None,
     labels: str | None,
     radius: int | None,
+    mode: str | None = None,
     overrides: Sequence[str],
     seeds: int | None,
 ) -> Setting:
@@ -67,6 +68,7 @@ def resolve(
         fraction: share that may be poisoned, None for the track's.
         labels: `fixed` or `free`, None for the track's.
         radius: largest change of a pixel in 8-bit levels, None for the track's.
+        mode: `replace` or `add`, None for the track's.
         overrides: `field=value` for every recipe, `recipe.field=value` for one.
         seeds: how many evaluation seeds.
 
@@ -91,6 +93,7 @@ def resolve(
         old.fraction if fraction is None else fraction,
         old.labels if labels is None else labels,
         (None if isinstance(old.pixels, Box) else old.pixels.radius) if radius is None else radius,
+        old.mode if mode is None else mode,
     )
     if data_dir is not None and not spec.name.startswith("tfds:"):
         raise UserError(f"--data-dir is for tfds:… sets, and {spec.name} is none")

@@ -22,6 +22,7 @@ from poisonbench._files import content_hash, replacing
 from poisonbench.errors import UserError
 
 Labels = Literal["fixed", "free"]
+Mode = Literal["replace", "add"]
 FORMAT = "poisonbench-poison-1"
 MAX_FILE_BYTES = 2**30
 MAX_HEADER_BYTES = 2**20
@@ -56,14 +57,15 @@ class Budget(BaseModel):
             to whole images; 1 where pixels stay within a radius, or nothing of the data would be
             left. The set is the victim's as it would be without the attack, in both
             modes.
-        mode: `replace` puts poison in the place of clean images.
+        mode: `replace` puts poison in the place of clean images; `add` puts it beside them, each
+            bound to a clean image that it departs from: its label and its radius are that one's.
         pixels: which pixel values a poisoned image may have.
         labels: `fixed` keeps each image's label; `free` allows any class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     fraction: float = Field(gt=0, le=1, allow_inf_nan=False)
-    mode: Literal["replace"] = "replace"
+    mode: Mode = "replace"
     pixels: Annotated[Box | LInf, Field(discriminator="kind")] = Box()
     labels: Labels = "fixed"
 
@@ -94,7 +96,9 @@ class Budget(BaseModel):
         return f"{self.mode}, {self.labels} labels, {self.pixels}, {self.fraction:.4g} of the set"
 
 
-def make_budget(fraction: float, labels: str, radius: int | None = None) -> Budget:
+def make_budget(
+    fraction: float, labels: str, radius: int | None = None, mode: str = "replace"
+) -> Budget:
     """A budget from what a user typed.
 
     Raises:
@@ -106,18 +110,26 @@ def make_budget(fraction: float, labels: str, radius: int | None = None) -> Budg
         )
     if labels not in ("fixed", "free"):
         raise UserError(f"--labels must be 'fixed' or 'free', not '{labels}'")
+    if mode not in ("replace", "add"):
+        raise UserError(f"--mode must be 'replace' or 'add', not '{mode}'")
     if radius is not None and not 1 <= radius <= 255:
         raise UserError(f"--radius is in 8-bit levels, from 1 to 255, not {radius}")
     pixels = Box() if radius is None else LInf(radius=radius)
-    return Budget(fraction=fraction, labels="fixed" if labels == "fixed" else "free", pixels=pixels)
+    return Budget(
+        fraction=fraction,
+        mode="replace" if mode == "replace" else "add",
+        labels="fixed" if labels == "fixed" else "free",
+        pixels=pixels,
+    )
 
 
 @dataclass(frozen=True)
 class PoisonSet:
-    """A poison: which training images it replaces, by what.
+    """A poison: which training images it replaces or stands beside, and by what.
 
     Attributes:
-        indices: `[p]`, int64, into the training set; no two alike.
+        indices: `[p]`, int64, into the training set; no two alike. What replaces these images or,
+            where the budget adds, departs from them.
         images: `[p, height, width, channels]`, uint8.
         labels: `[p]`, int32.
         budget: the rule it was made under.
@@ -235,6 +247,8 @@ class PoisonSet:
     def apply(self, train_images: np.ndarray, train_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The poisoned training set, as new arrays."""
         images, labels = train_images.copy(), np.array(train_labels, np.int32)
+        if self.budget.mode == "add":
+            return np.concatenate([images, self.images]), np.concatenate([labels, self.labels])
         images[self.indices], labels[self.indices] = self.images, self.labels
         return images, labels
 

@@ -38,6 +38,7 @@ GAMES = [
     Budget(fraction=0.1, labels="free", pixels=LInf(radius=8)),
     Budget(fraction=0.1, pixels=LInf(radius=8)),
     Budget(fraction=1, pixels=LInf(radius=8)),
+    Budget(fraction=0.1, mode="add"),
 ]
 TINY = DIGITS.recipes["smooth"].replace(width=2, epochs=1, batch_size=20)
 CHEAP = {
@@ -103,7 +104,9 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("budget", GAMES, ids=lambda b: f"{b.labels}-{b.pixels.kind}-{b.fraction:g}")
+@pytest.mark.parametrize(
+    "budget", GAMES, ids=lambda b: f"{b.mode}-{b.labels}-{b.pixels.kind}-{b.fraction:g}"
+)
 def test_within_budget_deterministic_and_storable(
     name: str, budget: Budget, dataset: Dataset, tmp_path: Path
 ) -> None:

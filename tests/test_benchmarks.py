@@ -7,6 +7,7 @@ Claims tested here, without a word on how long anything takes:
 - a wrong gradient is called one, by the row and by the exit code;
 - multiply-adds are those counted by hand for a layer, forward and backward, dead code left out, and
   a metagradient of ResNet-9 with every step run again is 3.66 trainings by count;
+- what a track costs is counted from shapes as the same training is from its arrays;
 - the predicted cost of a schedule follows from its plan; the share of dispatch from its count;
 - the memory of a call is what it takes at its peak, not what is left at its end;
 - the command writes its JSON and its pictures and prints every row, those that were not measured as
@@ -31,13 +32,14 @@ ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("NOT TESTED: benchmarks/ is part of the checkout only", allow_module_level=True)
 
-from benchmarks import comparing, measure, problems, sweeps, tables, ways  # noqa: E402
+from benchmarks import comparing, cost, measure, problems, sweeps, tables, ways  # noqa: E402
 from benchmarks import metagradient as command  # noqa: E402
 from benchmarks.operations import Operations, count, multiply_adds  # noqa: E402
 from benchmarks.pieces import Pieces  # noqa: E402
 from benchmarks.problems import Setting  # noqa: E402
 from benchmarks.report import Comparison, Dispatch, Point, Report, Round, Row, Sweep  # noqa: E402
 from poisonbench import records  # noqa: E402
+from poisonbench.tracks import TRACKS  # noqa: E402
 
 MLP = Setting(kind="mlp", width=3, batch_size=20, steps=11, images=40, held_out=20)
 NET = Setting(kind="resnet9", width=2, batch_size=10, steps=4, images=40, held_out=20)
@@ -66,6 +68,19 @@ def test_every_way_gives_the_same_gradient(way: ways.Way, x64: None) -> None:
         single = ways.prepare(way, problems.make(MLP))[0]()[1]
     assert single.dtype == jnp.float32
     assert 0 < _away(single, gradient) < 1e-5
+
+
+def test_a_track_is_counted_from_its_shapes() -> None:
+    problem = problems.make(NET)
+    counted = count(problem)
+    found = cost.cost(NET.recipe, NET.images, (8, 8, 1), len(problem.z))
+    assert found.steps == NET.recipe.num_steps(NET.images)
+    assert found.training == counted.step * found.steps
+    assert found.metagradient == (counted.step + counted.vjp) * found.steps
+    for name, track in TRACKS.items():
+        images, shape = cost.size(track.dataset)
+        assert images == track.dataset.train_size, name
+        assert shape[0] == (track.dataset.resolution or cost.SHAPES[track.dataset.name][0])
 
 
 def _away(gradient: Any, reference: Any) -> float:

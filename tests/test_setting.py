@@ -73,6 +73,8 @@ def test_the_game_is_not_custom() -> None:
     assert (game.budget.fraction, game.budget.labels) == (0.05, "free")
     assert game.budget.pixels == LInf(radius=8)
     assert resolve().budget.pixels == Box()
+    assert (resolve().budget.mode, resolve(mode="add").budget.mode) == ("replace", "add")
+    assert resolve(mode="add").custom == ()
 
 
 def test_what_differs_is_listed_in_order() -> None:
@@ -163,6 +165,7 @@ def test_a_mistake_in_set_is_named(override: str, hint: str) -> None:
         ({"seeds": 0}, "--seeds must be at least 2"),
         ({"seeds": -5}, "--seeds must be at least 2"),
         ({"fraction": 1.0}, "--fraction"),
+        ({"mode": "both"}, "--mode must be 'replace' or 'add'"),
         ({"labels": "maybe"}, "--labels must be 'fixed' or 'free'"),
         ({"radius": 0}, "--radius"),
         ({"data_dir": "."}, "--data-dir is for tfds:… sets"),

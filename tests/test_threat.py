@@ -400,3 +400,16 @@ def test_applying_it_leaves_clean_data_as_they_were() -> None:
     np.testing.assert_array_equal(new_images[changed], poison.images)
     np.testing.assert_array_equal(np.flatnonzero(new_labels != labels), poison.indices)
     assert new_labels.dtype == np.int32
+
+
+def test_added_poison_stands_beside_clean_data() -> None:
+    beside = Budget(fraction=0.1, mode="add", pixels=LInf(radius=8))
+    poison = make(beside)
+    poison.check(IMAGES, LABELS, CLASSES)
+    new_images, new_labels = poison.apply(IMAGES, LABELS)
+    np.testing.assert_array_equal(new_images, np.concatenate([IMAGES, poison.images]))
+    np.testing.assert_array_equal(new_labels, np.concatenate([LABELS, poison.labels]))
+    assert new_labels.dtype == np.int32
+    assert beside.game().startswith("add, ")
+    with pytest.raises(UserError, match="changes labels"):
+        make(beside, labels=(LABELS[poison.indices] + 1) % CLASSES).check(IMAGES, LABELS, CLASSES)

@@ -153,6 +153,17 @@ def test_z_stands_in_for_its_images(digits: Digits) -> None:
     assert gradcheck.relative_error(found.params, clean.params) > 1e-3
 
 
+def test_added_poison_is_a_longer_set(digits: Digits) -> None:
+    poison = np.random.default_rng(0).integers(0, 256, (len(POISONED), 8, 8, 1), np.uint8)
+    labels = (digits.labels[POISONED] + 1) % 10
+    with_room = digits.clean().with_poison(POISONED, labels, add=True)
+    longer = TrainingSet.clean(
+        np.concatenate([digits.images, poison]), np.concatenate([digits.labels, labels]), 10
+    )
+    found = trained(with_room, keys(5, 6), jnp.asarray(poison, jnp.float32) / 255)
+    assert_same_bytes(found, trained(longer, keys(5, 6), jnp.zeros((0, 8, 8, 1))))
+
+
 def test_one_hot_targets_are_labels(digits: Digits) -> None:
     run, state = TrainingRun.start(RECIPE, digits.clean(), keys(5, 6))
     rows = np.asarray(run.order[0, 0, :4])

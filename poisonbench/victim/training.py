@@ -65,8 +65,18 @@ class TrainingSet:
             jnp.asarray(images), jnp.asarray(labels, jnp.int32), jnp.asarray(nowhere), num_classes
         )
 
-    def with_poison(self, indices: np.ndarray, labels: np.ndarray) -> TrainingSet:
-        """The same set with the images at `indices` taken from `z`, and given these labels."""
+    def with_poison(self, indices: np.ndarray, labels: np.ndarray, *, add: bool = False) -> TrainingSet:
+        """The same set with the images at `indices` taken from `z`, and given these labels.
+
+        With `add` the images stay, and as many places follow the last one.
+        """
+        if add:
+            return TrainingSet(
+                jnp.concatenate([self.images, self.images[indices]]),
+                jnp.concatenate([self.labels, jnp.asarray(labels, jnp.int32)]),
+                jnp.concatenate([self.slot, jnp.arange(len(indices), dtype=jnp.int32)]),
+                self.num_classes,
+            )
         slot = np.array(self.slot)
         slot[indices] = np.arange(len(indices))
         changed = np.array(self.labels)

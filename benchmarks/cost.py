@@ -1,0 +1,119 @@
+"""What a track costs, counted before anything runs: `python -m benchmarks.cost --track cifar10`.
+
+Multiply-adds of the products in a training, in its metagradient and in the preset of `mgd`, and how long
+they take at a rate that the machine is known for. Everything else a network does comes on top: on two
+CPU cores a training runs at a third of the rate of large products.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import typer
+from pydantic import BaseModel, ConfigDict
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.operations import multiply_adds
+from poisonbench import attacks, tracks
+from poisonbench.data import DataSpec
+from poisonbench.metagradient.programs import split
+from poisonbench.victim.recipe import Recipe
+from poisonbench.victim.training import TrainingRun, TrainingSet
+
+SHAPES = {"digits": (8, 8, 1), "tfds:cifar10": (32, 32, 3)}
+CLASSES = 10
+
+
+class Cost(BaseModel):
+    """Multiply-adds.
+
+    Attributes:
+        steps: of a training.
+        training: of one victim.
+        metagradient: of one, its training included, every state kept and every step run again.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    steps: int
+    training: int
+    metagradient: int
+
+
+def cost(recipe: Recipe, images: int, shape: tuple[int, int, int], poisons: int) -> Cost:
+    """Count for one victim, from shapes alone.
+
+    Args:
+        recipe: the victim's.
+        images: in the training set.
+        shape: of an image; height, width, channels.
+        poisons: images that carry a cotangent.
+    """
+    abstract: Any = jax.ShapeDtypeStruct
+    data = TrainingSet(
+        abstract((images, *shape), jnp.uint8), abstract((images,), jnp.int32),
+        abstract((images,), jnp.int32), CLASSES,
+    )  # fmt: skip
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    run, state = jax.eval_shape(lambda d, k: TrainingRun.start(recipe, d, k), data, keys)
+    z = abstract((poisons, *shape), jnp.float32)
+
+    def step(run: Any, state: Any, z: Any) -> Any:
+        return run(state, jnp.int32(0), z)
+
+    def pull_back(run: Any, state: Any, z: Any, adjoint: Any) -> Any:
+        floating, join = split(state)
+        return jax.vjp(lambda x, z: split(step(run, join(x), z))[0], floating, z)[1](adjoint)
+
+    adjoint = jax.eval_shape(lambda s: split(s)[0], state)
+    once = multiply_adds(step, run, state, z)
+    back = multiply_adds(pull_back, run, state, z, adjoint)
+    steps = recipe.num_steps(images)
+    return Cost(steps=steps, training=once * steps, metagradient=(once + back) * steps)
+
+
+def size(spec: DataSpec) -> tuple[int, tuple[int, int, int]]:
+    """Training images of a track's data set, and the shape of each."""
+    height, width, channels = SHAPES[spec.name]
+    if spec.resolution is not None:
+        height = width = spec.resolution
+    assert spec.train_size is not None  # as every track has it
+    return spec.train_size, (height, width, channels)
+
+
+def main(
+    track: Annotated[str, typer.Option(help="Preset to count for.")] = "cifar10",
+    rate: Annotated[float, typer.Option(help="Floating-point operations per second, in 10¹².")] = 30.0,
+) -> None:
+    """Print what the victims and the mgd preset of a track cost."""
+    preset = tracks.load(track)
+    images, shape = size(preset.dataset)
+    poisons = preset.budget.count(images)
+    costs = {name: cost(recipe, images, shape, poisons) for name, recipe in preset.recipes.items()}
+    surrogate = costs[preset.surrogate]
+    mgd: Any = attacks.build("mgd", list(preset.attack_options.get("mgd", {}).items()))
+    checks = (mgd.steps // mgd.check_every + 1) * mgd.check_seeds
+    gradients = mgd.steps * mgd.runs_per_step + mgd.start_seeds
+    rows = {
+        **{f"one training, {name}": c.training for name, c in costs.items()},
+        f"one metagradient, {preset.surrogate}": surrogate.metagradient,
+        f"crafting: {gradients} metagradients, {checks} checks": gradients * surrogate.metagradient
+        + checks * surrogate.training,
+        f"evaluation: {2 * preset.seeds} victims of each recipe": 2
+        * preset.seeds
+        * sum(c.training for c in costs.values()),
+    }
+    table = Table(box=box.SIMPLE_HEAD, title=f"{track}: {surrogate.steps} steps of {preset.surrogate}")
+    table.add_column("what")
+    for column in ("multiply-adds", f"hours at {rate:g} TFLOP/s"):
+        table.add_column(column, justify="right")
+    for what, number in rows.items():
+        table.add_row(what, f"{number:.3g}", f"{2 * number / rate / 1e12 / 3600:.3g}")
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
