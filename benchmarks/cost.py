@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import typer
+from jaxtyping import Array
 from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.console import Console
@@ -22,7 +23,7 @@ from poisonbench import attacks, tracks
 from poisonbench.data import DataSpec
 from poisonbench.metagradient.programs import split
 from poisonbench.victim.recipe import Recipe
-from poisonbench.victim.training import TrainingRun, TrainingSet
+from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState
 
 SHAPES = {"digits": (8, 8, 1), "tfds:cifar10": (32, 32, 3)}
 CLASSES = 10
@@ -52,25 +53,28 @@ def cost(recipe: Recipe, images: int, shape: tuple[int, int, int], poisons: int)
         shape: of an image; height, width, channels.
         poisons: images that carry a cotangent.
     """
-    abstract: Any = jax.ShapeDtypeStruct
-    data = TrainingSet(
-        abstract((images, *shape), jnp.uint8), abstract((images,), jnp.int32),
-        abstract((images,), jnp.int32), CLASSES,
-    )  # fmt: skip
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    run, state = jax.eval_shape(lambda d, k: TrainingRun.start(recipe, d, k), data, keys)
-    z = abstract((poisons, *shape), jnp.float32)
+    arrays = [
+        jax.ShapeDtypeStruct((images, *shape), jnp.uint8),
+        jax.ShapeDtypeStruct((images,), jnp.int32),
+        jax.ShapeDtypeStruct((images,), jnp.int32),
+        jax.ShapeDtypeStruct((poisons, *shape), jnp.float32),
+    ]
 
-    def step(run: Any, state: Any, z: Any) -> Any:
+    def start(images: Array, labels: Array, slot: Array) -> tuple[TrainingRun, TrainState]:
+        data = TrainingSet(images, labels, slot, CLASSES)
+        return TrainingRun.start(recipe, data, jax.random.split(jax.random.key(0), 1))
+
+    def step(images: Array, labels: Array, slot: Array, z: Array) -> TrainState:
+        run, state = start(images, labels, slot)
         return run(state, jnp.int32(0), z)
 
-    def pull_back(run: Any, state: Any, z: Any, adjoint: Any) -> Any:
+    def pull_back(images: Array, labels: Array, slot: Array, z: Array) -> Any:
+        run, state = start(images, labels, slot)
         floating, join = split(state)
-        return jax.vjp(lambda x, z: split(step(run, join(x), z))[0], floating, z)[1](adjoint)
+        once = jax.vjp(lambda x, z: split(run(join(x), jnp.int32(0), z))[0], floating, z)
+        return once[1](floating)
 
-    adjoint = jax.eval_shape(lambda s: split(s)[0], state)
-    once = multiply_adds(step, run, state, z)
-    back = multiply_adds(pull_back, run, state, z, adjoint)
+    once, back = multiply_adds(step, *arrays), multiply_adds(pull_back, *arrays)
     steps = recipe.num_steps(images)
     return Cost(steps=steps, training=once * steps, metagradient=(once + back) * steps)
 

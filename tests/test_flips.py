@@ -1,0 +1,104 @@
+"""Wrong pairs of image and label, by flips where labels are free and by copies where they are not.
+
+Claims of `poisonbench.flips`, and of the start of `mgd`, tested here:
+
+- under free labels the images bear the wrong labels themselves, or stand again beside the set where
+  poison is added;
+- under fixed labels copies of them stand in places of the wrong labels' classes, drawn at random or
+  those that are worth most; the originals stay, and no label changes;
+- a class with too few places is refused, and so is a budget under which no wrong pair can be;
+- `label_flip` makes the same wrong pairs under either rule;
+- the pairs that gain most are taken, an image once, a class as often as it has room.
+
+The problem: 40 images of 4×4 in four classes, ten of each.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from poisonbench import attacks
+from poisonbench.attacks import Task, mgd
+from poisonbench.errors import UserError
+from poisonbench.flips import Flips, placed, require_flips
+from poisonbench.journal import Journal
+from poisonbench.threat import Budget, LInf
+from poisonbench.tracks import DIGITS
+
+KEY = jax.random.key(3)
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1), np.uint8)
+LABELS = (np.arange(40) % 4).astype(np.int32)
+FLIPS = Flips(np.array([0, 5, 8]), np.array([1, 2, 1], np.int32))
+
+
+def task(**budget: object) -> Task:
+    rules = Budget.model_validate({"fraction": 0.1, **budget})
+    return Task(IMAGES, LABELS, IMAGES, LABELS, ("a", "b", "c", "d"), rules, DIGITS.recipes["smooth"])
+
+
+def pairs(images: np.ndarray, labels: np.ndarray) -> list[tuple[bytes, int]]:
+    return sorted((bytes(image), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+def test_free_labels_are_changed() -> None:
+    poison = placed(task(labels="free"), FLIPS, KEY)
+    np.testing.assert_array_equal(poison.indices, FLIPS.indices)
+    np.testing.assert_array_equal(poison.labels, FLIPS.labels)
+    np.testing.assert_array_equal(poison.images, IMAGES[FLIPS.indices])
+    images, labels = placed(task(labels="free", mode="add"), FLIPS, KEY).apply(IMAGES, LABELS)
+    np.testing.assert_array_equal(images[:40], IMAGES)
+    np.testing.assert_array_equal(labels, [*LABELS, 1, 2, 1])
+
+
+def test_fixed_labels_are_borne_by_copies() -> None:
+    poison = placed(task(), FLIPS, KEY)
+    poison.check(IMAGES, LABELS, 4)
+    assert pairs(poison.images, poison.labels) == pairs(IMAGES[FLIPS.indices], FLIPS.labels)
+    images, labels = poison.apply(IMAGES, LABELS)
+    np.testing.assert_array_equal(labels, LABELS)
+    np.testing.assert_array_equal(images[FLIPS.indices[0]], IMAGES[FLIPS.indices[0]])
+    others = {tuple(placed(task(), FLIPS, jax.random.key(seed)).indices) for seed in range(20)}
+    assert len(others) > 5
+
+
+def test_what_is_worth_most_gives_its_place() -> None:
+    worth = np.arange(40, dtype=np.float32)
+    poison = placed(task(), FLIPS, KEY, worth)
+    assert poison.indices.tolist() == [33, 37, 38]  # two of class 1, one of class 2
+    np.testing.assert_array_equal(poison.images[2], IMAGES[5])
+    assert placed(task(), FLIPS, KEY, -worth).indices.tolist() == [1, 2, 5]
+
+
+def test_too_few_places_are_refused() -> None:
+    eleven = np.flatnonzero(LABELS != 3)[:11]
+    with pytest.raises(UserError, match=r"class 3 has 10 training images.*--fraction"):
+        placed(task(fraction=0.5), Flips(eleven, np.full(11, 3, np.int32)), KEY)
+
+
+def test_wrong_pairs_need_labels_or_pixels() -> None:
+    with pytest.raises(UserError, match="x needs wrong labels: give --labels free"):
+        require_flips(Budget(fraction=0.1, pixels=LInf(radius=8)), "x")
+    require_flips(Budget(fraction=0.1, labels="free", pixels=LInf(radius=8)), "x")
+    require_flips(Budget(fraction=0.1), "x")
+
+
+def test_label_flip_makes_the_same_pairs_under_either_rule() -> None:
+    typed = [("spread", "concentrated"), ("source", "0"), ("target", "2")]
+    attack = attacks.build("label_flip", typed)
+    free, fixed = (attack.craft(task(labels=labels), KEY, Journal()) for labels in ("free", "fixed"))
+    assert (LABELS[free.indices] == 0).all()
+    assert (LABELS[fixed.indices] == 2).all()
+    assert (free.labels == 2).all()
+    assert pairs(free.images, free.labels) == pairs(fixed.images, fixed.labels)
+
+
+def test_the_pairs_that_gain_most() -> None:
+    gains = np.array([[-np.inf, 5, 4], [9, -np.inf, 8], [7, 6, -np.inf], [1, -np.inf, 2]])
+    free = mgd._best_pairs(gains, 3, np.full(3, np.inf))
+    assert (free.indices.tolist(), free.labels.tolist()) == ([0, 1, 2], [1, 0, 0])
+    # One place for class 0: image 2 takes its second best, which is left.
+    tight = mgd._best_pairs(gains, 3, np.array([1, 2, 1]))
+    assert (tight.indices.tolist(), tight.labels.tolist()) == ([0, 1, 2], [1, 0, 1])
+    assert tight.labels.dtype == np.int32
