@@ -30,8 +30,9 @@ Measured: see `results/README.md`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,9 @@ from poisonbench.flips import Flips, highest, placed
 from poisonbench.journal import Journal
 from poisonbench.metagradient import NonFiniteError, metagradient
 from poisonbench.threat import Box, PoisonSet
-from poisonbench.victim.training import Poison, TrainingRun
+from poisonbench.victim.training import Poison, TrainingRun, TrainState
+
+Step = Callable[[TrainState, Array, Array], TrainState]
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,21 @@ class MGD(Ascent):
 
     Attributes:
         runs_per_step: metagradients averaged in a metastep, each of a run of its own randomness.
+        differentiated: share of the run, from its end back, that the gradient goes through. What earlier
+            steps owe to the poison is left out; at 1 nothing is, and the gradient is exact.
         start: `influence` ranks images by metagradients, labels too where those are free, over
             `start_seeds` runs; `random` or `flips` otherwise.
     """
 
     runs_per_step: int = 1
+    differentiated: float = 1.0
     start: Literal["influence", "random", "flips"] = "influence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least_one(self, "runs_per_step")
+        if not 0 < self.differentiated <= 1:
+            raise UserError("--differentiated must lie in (0, 1]")
 
     def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """The images that the start names, and the labels that they get."""
@@ -77,29 +85,32 @@ class MGD(Ascent):
         """The mean loss of `runs_per_step` runs, and their mean metagradient."""
         value, gradient = 0.0, jnp.zeros_like(z)
         for one_key in jax.random.split(key, self.runs_per_step):
-            one_value, one_gradient = _metagradient(problem, z, one_key, when)
+            run, state = TrainingRun.start(problem.recipe, problem.data, one_key[None])
+            first = run.num_steps - max(1, round(self.differentiated * run.num_steps))
+            if first:
+                state = _trained(run, state, z, jnp.int32(first))
+            later = _Later(run, jnp.int32(first))
+            one_value, one_gradient = _metagradient(
+                problem, later, state, run.num_steps - first, z, when
+            )
             value += float(one_value) / self.runs_per_step
             gradient += one_gradient / self.runs_per_step
         return value, gradient
 
     def _most_influential(self, task: Task, keys: Key[Array, " seeds"], journal: Journal) -> PoisonSet:
         """The images through which the victim is hurt most, and the labels that do it."""
-        labels = task.train_labels
+        labels, rows = task.train_labels, np.arange(len(task.train_labels))
         everything = replace(task, budget=task.budget.model_copy(update={"mode": "replace"}))
-        problem = Problem.of(everything, np.arange(len(labels)), labels, self.goal)
-        targets = jax.nn.one_hot(labels, task.num_classes)
-        z = Poison(jnp.asarray(task.train_images, jnp.float32) / 255, targets)
-        total = jax.tree.map(jnp.zeros_like, z)
-        with journal.progress("ranking images", len(keys)) as bar:
-            for key in keys:
-                total = jax.tree.map(jnp.add, total, _metagradient(problem, z, key, "in the ranking")[1])
-                bar.advance()
+        problem = Problem.of(everything, rows, labels, self.goal)
+        pixels = jnp.asarray(task.train_images, jnp.float32) / 255
         if task.budget.labels == "fixed" and not isinstance(task.budget.pixels, Box):
-            most = highest(np.asarray(jnp.abs(total.pixels).sum((1, 2, 3))), task.num_poison)
+            influence = jnp.abs(_summed(problem, pixels, None, keys, journal)).sum((1, 2, 3))
+            most = highest(np.asarray(influence), task.num_poison)
             return task.poison(most, task.train_images[most], labels[most])
-        gains = np.array(total.targets)
-        own = gains[np.arange(len(labels)), labels]
-        gains[np.arange(len(labels)), labels] = -np.inf
+        targets = jax.nn.one_hot(labels, task.num_classes)
+        gains = np.array(_summed(problem, targets, pixels, keys, journal))
+        own = gains[rows, labels]
+        gains[rows, labels] = -np.inf
         room = np.bincount(labels, minlength=task.num_classes)
         if task.budget.labels == "free":
             room = np.full(task.num_classes, np.inf)
@@ -126,16 +137,62 @@ def _best_pairs(
     return Flips(np.array(images, np.int64), np.array([chosen[i] for i in images], np.int32))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Later:
+    """A training run from one of its steps on."""
+
+    run: TrainingRun
+    first: Array
+
+    def __call__(self, state: TrainState, t: Array, z: Array) -> TrainState:
+        return self.run(state, t + self.first, z)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _ByTargets:
+    """A training run as a function of its target distributions; its pixels are constants."""
+
+    run: TrainingRun
+    pixels: Array
+
+    def __call__(self, state: TrainState, t: Array, targets: Array) -> TrainState:
+        return self.run(state, t, Poison(self.pixels, targets))
+
+
+@jax.jit
+def _trained(run: TrainingRun, state: TrainState, z: Array, steps: Array) -> TrainState:
+    """The state after so many steps."""
+    return jax.lax.fori_loop(0, steps, lambda t, s: run(s, t, z), state)
+
+
+def _summed(
+    problem: Problem, z: Array, pixels: Array | None, keys: Key[Array, " seeds"], journal: Journal
+) -> Array:
+    """The metagradient summed over runs: by pixels or, where `pixels` are given, by targets."""
+    total = jnp.zeros_like(z)
+    with journal.progress("ranking images", len(keys)) as bar:
+        for key in keys:
+            run, state = TrainingRun.start(problem.recipe, problem.data, key[None])
+            step = run if pixels is None else _ByTargets(run, pixels)
+            total += _metagradient(problem, step, state, run.num_steps, z, "in the ranking")[1]
+            bar.advance()
+    return total
+
+
 def _metagradient(
-    problem: Problem, z: jax.Array | Poison, key: PRNGKeyArray, when: str
-) -> tuple[jax.Array, Any]:
-    """The loss after one training run on the poison `z`, and its exact gradient.
+    problem: Problem, step: Step, state: TrainState, num_steps: int, z: Array, when: str
+) -> tuple[Array, Array]:
+    """The loss after these steps, and its gradient by `z`.
 
     Raises:
         UserError: either is not finite; it says `when`.
     """
-    run, state = TrainingRun.start(problem.recipe, problem.data, key[None])
+    value: Array
+    gradient: Array
     try:
-        return metagradient(run, problem.loss, state, run.num_steps, z)
+        value, gradient = metagradient(step, problem.loss, state, num_steps, z)
     except NonFiniteError as error:
         raise UserError(f"{when}, {error}; as by --set smooth.learning_rate=…") from None
+    return value, gradient

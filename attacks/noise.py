@@ -22,6 +22,8 @@ class Noise(Attack):
     pairs of smooth victims): 0.13 to 0.35 points lost, over five draws.
     """
 
+    control = True
+
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """Random images of the training set, drawn without replacement."""
         pick, draw = jax.random.split(key)

@@ -16,6 +16,8 @@ from poisonbench.threat import PoisonSet
 class NoAttack(Attack):
     """An empty poison set. Paired victims are then the same, and the drop is exactly zero."""
 
+    control = True
+
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """No indices at all."""
         nothing = np.zeros(0, np.int64)

@@ -110,9 +110,11 @@ class Attack(ABC):
 
     Attributes:
         changes_labels: the attack needs a budget that frees labels.
+        control: it does no harm by its choices; others are held against it.
     """
 
     changes_labels: ClassVar[bool] = False
+    control: ClassVar[bool] = False
 
     @abstractmethod
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
