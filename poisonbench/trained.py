@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from poisonbench.attacks import Task
 from poisonbench.victim.evaluation import train
 from poisonbench.victim.recipe import Recipe
-from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState, logits
+from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState, features, logits
 
 PyTree = Any
+CHUNK = 500
 Layers = Literal["all", "last"]
 
 
@@ -42,10 +43,24 @@ class TrainedVictim:
     @staticmethod
     def on_clean(task: Task, key: PRNGKeyArray, layers: Layers = "all") -> TrainedVictim:
         """Train one on the task's data."""
-        data = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
-        run, state = TrainingRun.start(task.recipe, data, key[None])
-        state = train(run, state, jnp.zeros((0, *task.train_images.shape[1:])))
-        return TrainedVictim(task.recipe, task.num_classes, layers, jax.tree.map(lambda x: x[0], state))
+        return TrainedVictim.on(
+            task.train_images, task.train_labels, task.num_classes, task.recipe, key, layers
+        )
+
+    @staticmethod
+    def on(
+        images: UInt8[np.ndarray, "n h w c"],
+        labels: Int[np.ndarray, " n"],
+        num_classes: int,
+        recipe: Recipe,
+        key: PRNGKeyArray,
+        layers: Layers = "all",
+    ) -> TrainedVictim:
+        """Train one on any data."""
+        data = TrainingSet.clean(images, labels, num_classes)
+        run, state = TrainingRun.start(recipe, data, key[None])
+        state = train(run, state, jnp.zeros((0, *images.shape[1:])))
+        return TrainedVictim(recipe, num_classes, layers, jax.tree.map(lambda x: x[0], state))
 
     @property
     def weights(self) -> PyTree:
@@ -72,7 +87,33 @@ class TrainedVictim:
         parts = [_classes(self, jnp.asarray(images[i : i + 500])) for i in range(0, len(images), 500)]
         return np.concatenate([np.asarray(part) for part in parts])
 
+    def features(self, images: UInt8[np.ndarray, "p h w c"]) -> Float[np.ndarray, "p features"]:
+        """What its classifier reads, float64."""
+        return self._in_chunks(_features, images).astype(np.float64)
+
+    def probabilities(self, images: UInt8[np.ndarray, "p h w c"]) -> Float[np.ndarray, "p classes"]:
+        """What it says of images, float64."""
+        return self._in_chunks(_probabilities, images).astype(np.float64)
+
+    def _in_chunks(self, function: Any, images: np.ndarray) -> np.ndarray:
+        """The last chunk is filled up, so that one program serves them all."""
+        parts = []
+        for i in range(0, len(images), CHUNK):
+            rows = np.arange(i, i + min(CHUNK, len(images))) % len(images)
+            parts.append(np.asarray(function(self, jnp.asarray(images[rows], jnp.float32) / 255)))
+        return np.concatenate(parts)[: len(images)]
+
+
+@jax.jit
+def _probabilities(victim: TrainedVictim, images: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
+    return jax.nn.softmax(logits(victim.recipe, victim.num_classes, victim.state, images))
+
 
 @jax.jit
 def _classes(victim: TrainedVictim, images: Float[Array, "b h w c"]) -> Int[Array, " b"]:
     return logits(victim.recipe, victim.num_classes, victim.state, images).argmax(-1)
+
+
+@jax.jit
+def _features(victim: TrainedVictim, images: Float[Array, "b h w c"]) -> Float[Array, "b features"]:
+    return features(victim.recipe, victim.num_classes, victim.state, images)

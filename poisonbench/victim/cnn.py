@@ -32,11 +32,17 @@ class PlainCNN(nnx.Module):
         self, images: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch classes"]:
         """Logits of images in [0, 1]; training makes no difference, since nothing is tracked."""
+        x = self.features(images, train)
+        return self.classifier(x) * jnp.asarray(self.recipe.final_scale, x.dtype)
+
+    def features(
+        self, images: Float[Array, "batch height width channels"], train: bool
+    ) -> Float[Array, "batch features"]:
+        """What the classifier reads."""
         activation = jax.nn.relu if self.recipe.activation == "relu" else jax.nn.gelu
         how = for_backend()
         x = (images - self.recipe.input_mean) / self.recipe.input_std
         for kernel, bias in zip(self.kernels, self.biases, strict=True):
             x = activation(convolve(x, kernel[...], how) + bias[...].reshape(1, 1, 1, -1))
             x = halve(x, self.recipe)
-        said = self.classifier(reduce_map(x, (1, 2), self.recipe))
-        return said * jnp.asarray(self.recipe.final_scale, x.dtype)
+        return reduce_map(x, (1, 2), self.recipe)

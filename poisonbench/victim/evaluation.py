@@ -75,8 +75,9 @@ def train_and_score(
         Accuracies in percent, float64.
     """
     run, state = TrainingRun.start(recipe, data, keys)
-    right = _train_and_score(run, state, jnp.asarray(images), jnp.asarray(labels))
-    return np.asarray(right, np.float64) / len(labels) * 100
+    epochs = jnp.arange(recipe.epochs)
+    _, right = train_and_score_epochs(run, state, epochs, jnp.asarray(images), jnp.asarray(labels))
+    return np.asarray(right).sum(-1, dtype=np.float64) / len(labels) * 100
 
 
 @jax.jit
@@ -86,8 +87,22 @@ def train(run: TrainingRun, state: TrainState, z: Array | Poison) -> TrainState:
 
 
 @jax.jit
-def _train_and_score(run: TrainingRun, state: TrainState, images: Array, labels: Array) -> Array:
-    """How many images each victim gets right after each epoch, `[seeds, epochs]`, int32."""
+def train_and_score_epochs(
+    run: TrainingRun, state: TrainState, epochs: Array, images: Array, labels: Array
+) -> tuple[TrainState, Array]:
+    """Train through some epochs of a run.
+
+    Args:
+        run: the run.
+        state: before the first of these epochs.
+        epochs: `[e]`, their numbers, in order.
+        images: `[m, height, width, channels]`, uint8.
+        labels: `[m]`, int32.
+
+    Returns:
+        The state after the last; and which images each victim gets right after each epoch, bool of
+        shape `[seeds, e, m]`.
+    """
     per_epoch = run.num_steps // run.recipe.epochs
     nothing = jnp.zeros((0, *images.shape[1:]))
 
@@ -98,10 +113,10 @@ def _train_and_score(run: TrainingRun, state: TrainState, images: Array, labels:
 
     def correct(state: TrainState) -> Array:
         said = _chunked_logits(run.recipe, run.data.num_classes, state, images)
-        return (said.argmax(-1) == labels).sum()
+        return said.argmax(-1) == labels
 
-    _, right = jax.lax.scan(one_epoch, state, jnp.arange(run.recipe.epochs))
-    return right.T
+    state, right = jax.lax.scan(one_epoch, state, epochs)
+    return state, right.swapaxes(0, 1)
 
 
 def _chunked_logits(

@@ -119,14 +119,19 @@ class ResNet9(nnx.Module):
             train: normalise by the batch and update the tracked statistics; otherwise
                 normalise by what was tracked.
         """
+        x = self.features(images, train)
+        return self.classifier(x) * jnp.asarray(self.recipe.final_scale, x.dtype)
+
+    def features(
+        self, images: Float[Array, "batch height width channels"], train: bool
+    ) -> Float[Array, "batch features"]:
+        """What the classifier reads; arguments as above."""
         x = (images - self.recipe.input_mean) / self.recipe.input_std
         x = self.stage1(self.stem(x, train), train)
         x = x + self.residual1[1](self.residual1[0](x, train), train)
         x = self.stage3(self.stage2(x, train), train)
         x = x + self.residual3[1](self.residual3[0](x, train), train)
-        return self.classifier(reduce_map(x, (1, 2), self.recipe)) * jnp.asarray(
-            self.recipe.final_scale, x.dtype
-        )
+        return reduce_map(x, (1, 2), self.recipe)
 
 
 def halve(x: Array, recipe: Recipe) -> Array:

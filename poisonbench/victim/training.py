@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,25 @@ from poisonbench.victim.network import architecture, build
 from poisonbench.victim.recipe import Recipe
 
 PyTree = Any
+
+
+class Guard(Protocol):
+    """What a defence does in a step; hashable. See `poisonbench.defenses.Defense`."""
+
+    @property
+    def parts(self) -> int:
+        """Parts of a batch whose gradients are aggregated; 0 for the batch as a whole."""
+
+    def augment(
+        self, images: Array, targets: Array, key: PRNGKeyArray, loss: Callable[[Array], Array]
+    ) -> tuple[Array, Array]:
+        """Other images and targets."""
+
+    def aggregate(self, gradients: PyTree, key: PRNGKeyArray) -> PyTree:
+        """One gradient from those of the parts."""
+
+    def transform(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        """Another optimizer."""
 
 
 @jax.tree_util.register_dataclass
@@ -108,20 +127,24 @@ class TrainingRun:
         data: the training set, shared by all seeds.
         keys: `[seeds]`, one key for each victim.
         order: `[seeds, steps, batch]`, int32, the images of each step.
+        weights: `[seeds, n]`, how much each image counts in the loss; None for all alike.
+        guard: what a defence does in a step, static; None for nothing.
     """
 
     recipe: Recipe = field(metadata={"static": True})
     data: TrainingSet
     keys: Key[Array, " seeds"]
     order: Int[Array, "seeds steps batch"]
+    weights: Float[Array, "seeds n"] | None = None
+    guard: Guard | None = field(default=None, metadata={"static": True})
 
     @staticmethod
     def start(
-        recipe: Recipe, data: TrainingSet, keys: Key[Array, " seeds"]
+        recipe: Recipe, data: TrainingSet, keys: Key[Array, " seeds"], guard: Guard | None = None
     ) -> tuple[TrainingRun, TrainState]:
         """A run and its initial state, for each of `keys` (shape `[seeds]`)."""
-        order, state = _start(recipe, data, keys)
-        return TrainingRun(recipe, data, keys, order), state
+        order, state = _start(recipe, data, keys, guard)
+        return TrainingRun(recipe, data, keys, order, guard=guard), state
 
     @property
     def num_steps(self) -> int:
@@ -142,29 +165,37 @@ class TrainingRun:
             z: poisoned pixels in [0, 1], under the labels in `data`; or pixels and labels.
         """
 
-        def one_seed(state: TrainState, key: PRNGKeyArray, rows: Array) -> TrainState:
+        def one_seed(
+            state: TrainState, key: PRNGKeyArray, rows: Array, weights: Array | None
+        ) -> TrainState:
             images, targets = _batch(self.data, z, rows)
             augmentation_key = jax.random.fold_in(jax.random.split(key, 3)[2], t)
             images = augment(self.recipe, images, augmentation_key)
-            return _update(self.recipe, self.data.num_classes, self.num_steps, state, images, targets)
+            counted = None if weights is None else weights[rows]
+            return _update(self, state, images, targets, counted, augmentation_key)
 
-        return jax.vmap(one_seed)(state, self.keys, self.order[:, t])
+        return jax.vmap(one_seed)(state, self.keys, self.order[:, t], self.weights)
 
 
-def _start(recipe: Recipe, data: TrainingSet, keys: Key[Array, " seeds"]) -> tuple[Array, TrainState]:
+def _start(
+    recipe: Recipe, data: TrainingSet, keys: Key[Array, " seeds"], guard: Guard | None
+) -> tuple[Array, TrainState]:
     per_epoch = recipe.steps_per_epoch(len(data.labels))
     shape = tuple(data.images.shape[1:])
     # One by one, so that one compilation, which is slow, serves any number of seeds.
     starts = [
-        _start_compiled(recipe, shape, data.num_classes, per_epoch, len(data.labels), keys[i : i + 1])
+        _start_compiled(
+            recipe, guard, shape, data.num_classes, per_epoch, len(data.labels), keys[i : i + 1]
+        )
         for i in range(len(keys))
     ]
     return jax.tree.map(lambda *seeds: jnp.concatenate(seeds), *starts)
 
 
-@jax.jit(static_argnums=(0, 1, 2, 3, 4))
+@jax.jit(static_argnums=(0, 1, 2, 3, 4, 5))
 def _start_compiled(
     recipe: Recipe,
+    guard: Guard | None,
     image_shape: tuple[int, int, int],
     num_classes: int,
     per_epoch: int,
@@ -182,7 +213,7 @@ def _start_compiled(
         order = jax.vmap(one_epoch)(jax.random.split(order_key, recipe.epochs))
         model = build(recipe, image_shape[2], num_classes, nnx.Rngs(init_key))
         parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
-        optimizer = make_optimizer(recipe, num_steps)
+        optimizer = _guarded(make_optimizer(recipe, num_steps), guard)
         params, stats = nnx.to_pure_dict(parts[1]), nnx.to_pure_dict(parts[2])
         state = TrainState(params, stats, optimizer.init(params))
         return order.reshape(num_steps, recipe.batch_size), state
@@ -204,21 +235,51 @@ def _batch(data: TrainingSet, z: Array | Poison, rows: Array) -> tuple[Array, Ar
 
 
 def _update(
-    recipe: Recipe, num_classes: int, num_steps: int, state: TrainState, images: Array, targets: Array
+    run: TrainingRun,
+    state: TrainState,
+    images: Array,
+    targets: Array,
+    counted: Array | None,
+    key: PRNGKeyArray,
 ) -> TrainState:
-    graph = architecture(recipe, images.shape[1:], num_classes)
+    recipe, guard = run.recipe, run.guard
+    graph = architecture(recipe, images.shape[1:], run.data.num_classes)
 
-    def loss(params: PyTree) -> tuple[Array, PyTree]:
+    def loss(
+        params: PyTree, images: Array, targets: Array, counted: Array | None
+    ) -> tuple[Array, PyTree]:
         model = nnx.merge(graph, params, state.stats)
         logits = model(images, train=True)
         smoothed = optax.smooth_labels(targets, recipe.label_smoothing)
         stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        return optax.softmax_cross_entropy(logits, smoothed).mean(), stats
+        each = optax.softmax_cross_entropy(logits, smoothed)
+        return (each if counted is None else each * counted).mean(), stats
 
-    gradient, stats = jax.grad(loss, has_aux=True)(state.params)
-    optimizer = make_optimizer(recipe, num_steps)
+    gradient_of = jax.grad(loss, has_aux=True)
+    if guard is None:
+        gradient, stats = gradient_of(state.params, images, targets, counted)
+    else:
+        given = targets
+        images, targets = guard.augment(
+            images, targets, jax.random.fold_in(key, 1), lambda x: loss(state.params, x, given, None)[0]
+        )
+        if guard.parts:
+            batch = (images, targets, jnp.ones(len(images)) if counted is None else counted)
+            parts = jax.tree.map(lambda x: x.reshape(guard.parts, -1, *x.shape[1:]), batch)
+            stack, several = jax.vmap(gradient_of, (None, 0, 0, 0))(state.params, *parts)
+            gradient = guard.aggregate(stack, jax.random.fold_in(key, 2))
+            stats = jax.tree.map(lambda x: x.mean(0), several)
+        else:
+            gradient, stats = gradient_of(state.params, images, targets, counted)
+    optimizer = _guarded(make_optimizer(recipe, run.num_steps), guard)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     return TrainState(optax.apply_updates(state.params, updates), stats, optimizer_state)
+
+
+def _guarded(
+    optimizer: optax.GradientTransformation, guard: Guard | None
+) -> optax.GradientTransformation:
+    return optimizer if guard is None else guard.transform(optimizer)
 
 
 def augment(
@@ -293,3 +354,15 @@ def logits(
     graph = architecture(recipe, tuple(images.shape[1:]), num_classes)
     model = nnx.merge(graph, state.params, state.stats)
     return model(images, train=False)
+
+
+def features(
+    recipe: Recipe,
+    num_classes: int,
+    state: TrainState,
+    images: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch features"]:
+    """What the classifier of one trained victim reads of images in [0, 1]."""
+    graph = architecture(recipe, tuple(images.shape[1:]), num_classes)
+    model = nnx.merge(graph, state.params, state.stats)
+    return model.features(images, train=False)

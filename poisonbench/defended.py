@@ -1,0 +1,157 @@
+"""Training victims under a defence, and what the defence did on the way.
+
+The defended victim shares initialisation, order and augmentation with the undefended one of the same
+key. Where images are dropped, the order is what is left of the undefended victim's own, and further
+passes over what is kept make up for the rest: every victim takes the same number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
+
+from poisonbench.defenses import Composed, View
+from poisonbench.errors import UserError
+from poisonbench.trained import TrainedVictim
+from poisonbench.victim.evaluation import train_and_score_epochs
+from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState
+
+DEFENSE = 0xDEF
+"""Folded into a victim's key for what its defence draws."""
+
+
+@dataclass(frozen=True)
+class Defended:
+    """What victims under a defence scored.
+
+    Attributes:
+        by_epoch: `[seeds, epochs]`, test accuracy in percent; of the picked epoch's victim from then on
+            where one was picked.
+        weights: `[seeds, n]`, how much each training image counted at the end; None where no image was
+            weighed.
+        certified: `[seeds, m]`, for how many changed training images each test answer is certified, and
+            -1 where it is wrong; None where nothing is.
+    """
+
+    by_epoch: Float[np.ndarray, "seeds epochs"]
+    weights: Float[np.ndarray, "seeds n"] | None = None
+    certified: Int[np.ndarray, "seeds m"] | None = None
+
+
+def train_and_score(
+    defense: Composed,
+    view: View,
+    keys: Key[Array, " seeds"],
+    images: UInt8[np.ndarray, "m h w c"],
+    labels: Int[np.ndarray, " m"],
+) -> Defended:
+    """Train a defended victim for each key, and score it on test images after every epoch.
+
+    Args:
+        defense: as built.
+        view: what it sees.
+        keys: `[seeds]`, of the victims.
+        images: `[m, height, width, channels]`, of the test split.
+        labels: `[m]`, theirs.
+
+    Raises:
+        UserError: the defence does not suit the recipe, or drops every image.
+    """
+    recipe = view.recipe
+    if defense.parts and recipe.batch_size % defense.parts:
+        raise UserError(
+            f"a batch of {recipe.batch_size} cannot be cut into {defense.parts} equal parts: give"
+            " another --set batch_size=…"
+        )
+    own = [jax.random.fold_in(key, DEFENSE) for key in keys]
+    said = [defense.train(view, images, key) for key in own]
+    if said[0] is not None:
+        return _replaced([p for p in said if p is not None], recipe.epochs, labels)
+    weights = _stacked([defense.filter(view, key) for key in own], len(view.labels))
+    data = TrainingSet.clean(view.images, view.labels, view.num_classes)
+    run, state = TrainingRun.start(recipe, data, keys, defense)
+    run = _kept(run, weights)
+    both = (np.concatenate([images, view.trusted_images]), np.concatenate([labels, view.trusted_labels]))
+    every = defense.every or recipe.epochs
+    rights: list[np.ndarray] = []
+    for epoch in range(0, recipe.epochs, every):
+        if epoch:
+            victims = [_victim(view, state, i) for i in range(len(keys))]
+            revised = _stacked([defense.revise(view, v, epoch) for v in victims], len(view.labels))
+            if revised is not None:
+                weights = revised if weights is None else weights * revised
+            run = _kept(run, weights)
+        epochs = jnp.arange(epoch, min(epoch + every, recipe.epochs))
+        state, right = train_and_score_epochs(run, state, epochs, *map(jnp.asarray, both))
+        rights.append(np.asarray(right))
+    right = np.concatenate(rights, axis=1)
+    test = right[..., : len(labels)].mean(-1) * 100.0
+    if len(view.trusted_labels):
+        test = _picked(test, right[..., len(labels) :].mean(-1) * 100.0, defense.pick)
+    return Defended(test, weights)
+
+
+def _replaced(said: list, epochs: int, labels: np.ndarray) -> Defended:  # type: ignore[type-arg]
+    right = np.stack([p.classes == labels for p in said])
+    by_epoch = np.repeat(right.mean(1, keepdims=True) * 100.0, epochs, axis=1)
+    certified = None
+    if said[0].certified is not None:
+        certified = np.where(right, np.stack([p.certified for p in said]), -1)
+    return Defended(by_epoch, None, certified)
+
+
+def _picked(
+    test: np.ndarray, trusted: np.ndarray, pick: Callable[[np.ndarray], int | None]
+) -> np.ndarray:
+    """Test accuracy by epoch, that of the picked epoch from it on."""
+    test = test.copy()
+    for row, seen in zip(test, trusted, strict=True):
+        epoch = pick(seen)
+        if epoch is not None:
+            row[epoch:] = row[epoch]
+    return test
+
+
+def _victim(view: View, state: TrainState, seed: int) -> TrainedVictim:
+    alone = jax.tree.map(lambda x: x[seed], state)
+    return TrainedVictim(view.recipe, view.num_classes, "all", alone)
+
+
+def _stacked(several: list[np.ndarray | None], number: int) -> np.ndarray | None:
+    """Weights of all seeds; ones for those that have none."""
+    if all(weights is None for weights in several):
+        return None
+    rows = [np.ones(number) if weights is None else np.asarray(weights, float) for weights in several]
+    for row in rows:
+        if not (np.isfinite(row).all() and (row >= 0).all()):
+            raise UserError("a defence gave weights that are negative or not finite")
+        if not row.any():
+            raise UserError("the defence drops every image of the training set: weaken it")
+    return np.stack(rows).astype(np.float32)
+
+
+def _kept(run: TrainingRun, weights: np.ndarray | None) -> TrainingRun:
+    """The run over the images of positive weight, each counting by its weight."""
+    if weights is None:
+        return run
+    order = np.asarray(TrainingRun.start(run.recipe, run.data, run.keys)[0].order)
+    if (weights == 0).any():
+        order = np.stack([_without(o, w, k) for o, w, k in zip(order, weights, run.keys, strict=True)])
+    weighed = None if np.isin(weights, (0, 1)).all() else jnp.asarray(weights)
+    return replace(run, order=jnp.asarray(order, jnp.int32), weights=weighed)
+
+
+def _without(order: np.ndarray, weights: np.ndarray, key: PRNGKeyArray) -> np.ndarray:
+    """The order without what weighs nothing, as long as before."""
+    kept = np.flatnonzero(weights)
+    left = order.ravel()[weights[order.ravel()] > 0]
+    further = jax.random.fold_in(key, DEFENSE + 1)
+    while len(left) < order.size:
+        further, draw = jax.random.split(further)
+        left = np.concatenate([left, np.asarray(jax.random.permutation(draw, kept))])
+    return left[: order.size].reshape(order.shape)
