@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
-from poisonbench.defenses.cutmix import boxes
 
 from poisonbench.defenses import Defense, Loss
 from poisonbench.errors import UserError
+from poisonbench.perturb import boxes
 
 BLANK = 0.5
 
