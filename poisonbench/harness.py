@@ -7,23 +7,31 @@ keys come from the evaluation seeds alone, through a root that no attack is give
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from poisonbench._files import content_hash, write_text
 from poisonbench.data import Dataset
+from poisonbench.errors import UserError
 from poisonbench.progress import Progress
-from poisonbench.records import VictimScores, hardware, library_versions
+from poisonbench.records import Certificate, Filtering, VictimScores, hardware, library_versions
 from poisonbench.threat import PoisonSet
 from poisonbench.victim.recipe import Recipe
 
+if TYPE_CHECKING:  # it imports JAX
+    from poisonbench.defenses import Composed
+
+TRUSTED = 0
+"""Seed of the draw of trusted images from validation data: the same for all defences and attacks."""
 GROUP = 5
 """Victims trained in one `vmap`: few enough to show progress and to fit in memory."""
 
@@ -64,6 +72,7 @@ def evaluate(
     folder: Path | None = None,
     *,
     reuse: bool = True,
+    defense: Composed | None = None,
 ) -> Evaluation:
     """Train and score victims, clean and poisoned, for every recipe and seed.
 
@@ -75,26 +84,31 @@ def evaluate(
         folder: where finished groups of victims are kept, so that an interrupted evaluation
             goes on where it was, and clean victims serve every attack.
         reuse: read what is kept there; otherwise train everything anew.
+        defense: what both the clean and the poisoned victims are defended by.
 
     Raises:
         UserError: the poison breaks its budget, or is for other data.
     """
     poison.check(dataset.train_images, dataset.train_labels, dataset.num_classes)
-    clean = (dataset.train_images, dataset.train_labels)
-    poisoned = poison.apply(*clean)
+    number = len(dataset.train_labels)
+    clean = _Condition((dataset.train_images, dataset.train_labels), np.zeros(number, bool))
+    poisoned = _Condition(
+        poison.apply(*clean.data), poison.where(number), _shield(defense, poison, dataset)
+    )
+    clean = replace(clean, shield=poisoned.shield)
     groups = [list(seeds[i : i + GROUP]) for i in range(0, len(seeds), GROUP)]
     victims: list[VictimScores] = []
     total_seconds = 0.0
     with Progress("training victims", 2 * len(recipes) * len(seeds)) as progress:
         for name, recipe in recipes.items():
-            scores: dict[str, list[np.ndarray]] = {"clean": [], "poisoned": []}
+            scores: dict[str, list[_Scores]] = {"clean": [], "poisoned": []}
             for group in groups:
-                for condition, data in (("clean", clean), ("poisoned", poisoned)):
-                    by_epoch, seconds = _scores(dataset, data, recipe, group, folder, reuse)
-                    scores[condition].append(by_epoch)
-                    total_seconds += seconds
-                    progress.advance(len(group), f"{name}, {condition}")
-            accuracies = {c: np.concatenate(parts) for c, parts in scores.items()}
+                for which, condition in (("clean", clean), ("poisoned", poisoned)):
+                    scored = _scores(dataset, condition, recipe, group, folder, reuse)
+                    scores[which].append(scored)
+                    total_seconds += scored.seconds
+                    progress.advance(len(group), f"{name}, {which}")
+            accuracies = {c: np.concatenate([s.by_epoch for s in parts]) for c, parts in scores.items()}
             victims.append(
                 VictimScores(
                     recipe_name=name, recipe=recipe.as_dict(), seeds=list(seeds),
@@ -102,44 +116,192 @@ def evaluate(
                     poisoned=_rounded(accuracies["poisoned"][:, -1]),
                     clean_best=_rounded(accuracies["clean"].max(1)),
                     poisoned_best=_rounded(accuracies["poisoned"].max(1)),
+                    filtering=_filtering(scores, poisoned.poisoned),
+                    certificate=_certificate(scores, poison),
                 )
             )  # fmt: skip
     return Evaluation(victims, total_seconds)
 
 
+@dataclass(frozen=True)
+class _Shield:
+    """A defence, and what it may know beside the training set.
+
+    Attributes:
+        defense: it.
+        allowed: how many images the budget lets an attacker poison.
+        trusted: clean images and labels, as many as it declares.
+    """
+
+    defense: Composed
+    allowed: int
+    trusted: tuple[np.ndarray, np.ndarray]
+
+    def identity(self, condition: _Condition) -> str:
+        """All of it that decides a score, as text."""
+        from poisonbench import defenses
+
+        source = [Path(inspect.getfile(type(d))).read_text("utf-8") for d in self.defense.defenses]
+        library = [
+            Path(__file__).with_name(name) for name in ("defended.py", "trained.py", "perturb.py")
+        ]
+        source += [path.read_text("utf-8") for path in library]
+        told = content_hash(condition.poisoned) if self.sees_poison else ""
+        return (
+            f"{defenses.config(self.defense)}{source}{self.allowed}{content_hash(*self.trusted)}{told}"
+        )
+
+    @property
+    def sees_poison(self) -> bool:
+        """Whether one of them is the oracle."""
+        return any(d.sees_poison for d in self.defense.defenses)
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """What victims are trained on.
+
+    Attributes:
+        data: images and labels.
+        poisoned: `[n]`, which of them are poison.
+        shield: what the victims are defended by, if anything.
+    """
+
+    data: tuple[np.ndarray, np.ndarray]
+    poisoned: np.ndarray
+    shield: _Shield | None = None
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a group of victims scored, and what their defence did.
+
+    Attributes:
+        by_epoch: `[seeds, epochs]`, accuracy in percent.
+        dropped: for each seed, the images that were given no weight; None where nothing was weighed.
+        certified: `[seeds, m]`, see `poisonbench.defended`.
+        seconds: what it took.
+    """
+
+    by_epoch: np.ndarray
+    dropped: list[list[int]] | None
+    certified: np.ndarray | None
+    seconds: float
+
+    @staticmethod
+    def of(stored: dict[str, Any]) -> _Scores:
+        """As read back."""
+        certified = stored.get("certified")
+        return _Scores(
+            np.array(stored["by_epoch"], np.float64), stored.get("dropped"),
+            None if certified is None else np.array(certified, np.int64), float(stored["seconds"]),
+        )  # fmt: skip
+
+    def text(self) -> str:
+        """As stored."""
+        certified = None if self.certified is None else self.certified.tolist()
+        stored = {"by_epoch": self.by_epoch.tolist(), "seconds": self.seconds}
+        if self.dropped is not None or certified is not None:
+            stored |= {"dropped": self.dropped, "certified": certified}
+        return json.dumps(stored)
+
+
 def _scores(
     dataset: Dataset,
-    data: tuple[np.ndarray, np.ndarray],
+    condition: _Condition,
     recipe: Recipe,
     seeds: list[int],
     folder: Path | None,
     reuse: bool,
-) -> tuple[np.ndarray, float]:
-    """Accuracy in percent, `[seeds, epochs]`, and the seconds it took, from `folder` if there."""
+) -> _Scores:
+    """What this group of victims scores, from `folder` if it is there."""
+    test = (dataset.test_images, dataset.test_labels)
+    what = f"{content_hash(*condition.data, *test)}{json.dumps(recipe.as_dict(), sort_keys=True)}{seeds}"
+    what += "" if condition.shield is None else condition.shield.identity(condition)
+    kept = None if folder is None else folder / f"{content_hash(_bytes(what + _code()))[:24]}.json"
+    if kept is not None and kept.exists() and reuse:
+        try:
+            stored = _Scores.of(json.loads(kept.read_text("utf-8")))
+            if (
+                stored.by_epoch.shape == (len(seeds), recipe.epochs)
+                and np.isfinite(stored.by_epoch).all()
+            ):
+                return stored
+        except (ValueError, KeyError, TypeError):
+            pass  # not whole: train again
+    scored = _trained(dataset, condition, recipe, seeds)
+    if kept is not None:
+        write_text(kept, scored.text())
+    return scored
+
+
+def _trained(dataset: Dataset, condition: _Condition, recipe: Recipe, seeds: list[int]) -> _Scores:
     import jax.numpy as jnp
 
+    from poisonbench import defended
+    from poisonbench.defenses import View
     from poisonbench.victim.evaluation import train_and_score
     from poisonbench.victim.training import TrainingSet
 
     test = (dataset.test_images, dataset.test_labels)
-    what = f"{content_hash(*data, *test)}{json.dumps(recipe.as_dict(), sort_keys=True)}{seeds}"
-    kept = None if folder is None else folder / f"{content_hash(_bytes(what + _code()))[:24]}.json"
-    if kept is not None and kept.exists() and reuse:
-        try:
-            stored = json.loads(kept.read_text("utf-8"))
-            by_epoch = np.array(stored["by_epoch"], np.float64)
-            if by_epoch.shape == (len(seeds), recipe.epochs) and np.isfinite(by_epoch).all():
-                return by_epoch, float(stored["seconds"])
-        except (ValueError, KeyError, TypeError):
-            pass  # not whole: train again
-    began = time.monotonic()
-    training = TrainingSet.clean(*data, dataset.num_classes)
     keys = jnp.stack([evaluation_key(seed) for seed in seeds])
-    by_epoch = train_and_score(recipe, training, keys, *test)
-    seconds = time.monotonic() - began
-    if kept is not None:
-        write_text(kept, json.dumps({"by_epoch": by_epoch.tolist(), "seconds": seconds}))
-    return by_epoch, seconds
+    began = time.monotonic()
+    shield = condition.shield
+    if shield is None:
+        training = TrainingSet.clean(*condition.data, dataset.num_classes)
+        by_epoch = train_and_score(recipe, training, keys, *test)
+        return _Scores(by_epoch, None, None, time.monotonic() - began)
+    told = condition.poisoned if shield.sees_poison else None
+    view = View(*condition.data, dataset.num_classes, recipe, shield.allowed, *shield.trusted, told)
+    done = defended.train_and_score(shield.defense, view, keys, *test)
+    dropped = None
+    if done.weights is not None:
+        dropped = [np.flatnonzero(row == 0).tolist() for row in done.weights]
+    return _Scores(done.by_epoch, dropped, done.certified, time.monotonic() - began)
+
+
+def _shield(defense: Composed | None, poison: PoisonSet, dataset: Dataset) -> _Shield | None:
+    if defense is None or not defense.defenses:
+        return None
+    if defense.trusted > len(dataset.val_labels):
+        raise UserError(
+            f"the defence needs {defense.trusted} trusted images, and there are {len(dataset.val_labels)}"
+            " in validation data: lower its option `trusted`"
+        )
+    rows = np.random.default_rng(TRUSTED).permutation(len(dataset.val_labels))[: defense.trusted]
+    trusted = (dataset.val_images[rows], dataset.val_labels[rows])
+    return _Shield(defense, poison.budget.count(len(dataset.train_labels)), trusted)
+
+
+def _filtering(scores: dict[str, list[_Scores]], poisoned: np.ndarray) -> Filtering | None:
+    """What was dropped, seed by seed; None where nothing is ever weighed."""
+    dropped = {c: [d for s in parts for d in s.dropped or []] for c, parts in scores.items()}
+    if not (dropped["clean"] or dropped["poisoned"]):
+        return None
+    seeds = sum(len(s.by_epoch) for s in scores["clean"])
+    clean, both = (dropped[c] or [[]] * seeds for c in ("clean", "poisoned"))
+    return Filtering(
+        clean_run=[len(rows) for rows in clean],
+        poisoned_run=[len(rows) for rows in both],
+        poison=[int(poisoned[rows].sum()) for rows in both],
+    )
+
+
+def _certificate(scores: dict[str, list[_Scores]], poison: PoisonSet) -> Certificate | None:
+    """Certified accuracy of clean victims, and how often the poison made a liar of it."""
+    if scores["clean"][0].certified is None:
+        return None
+    clean, both = (
+        np.concatenate([s.certified for s in scores[c] if s.certified is not None])
+        for c in ("clean", "poisoned")
+    )
+    # An image replaced is one removed and one added.
+    changes = len(poison) * (2 if poison.budget.mode == "replace" else 1)
+    curve = [float(100 * (clean >= r).mean()) for r in range(int(clean.max()) + 1)]
+    return Certificate(
+        curve=_rounded(np.array(curve)), changes=changes,
+        violations=int(((clean >= changes) & (both < 0)).sum()),
+    )  # fmt: skip
 
 
 @cache

@@ -37,9 +37,11 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 
 # Names become folders and rows of tables, and a record may come from anybody.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+DEFENSE = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\+[A-Za-z0-9][A-Za-z0-9_-]{0,63}){0,7}$"
 Name = Annotated[str, Field(pattern=NAME)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
+Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -85,6 +87,35 @@ class Stored(Frozen):
             raise UserError(f"{path} is not a valid record ({what})") from None
 
 
+class Filtering(Frozen):
+    """What a defence dropped, seed by seed.
+
+    Attributes:
+        clean_run: images dropped of the clean set.
+        poisoned_run: images dropped of the poisoned set.
+        poison: how many of the latter were poison.
+    """
+
+    clean_run: list[Count]
+    poisoned_run: list[Count]
+    poison: list[Count]
+
+
+class Certificate(Frozen):
+    """What a certified defence promised, and whether it held.
+
+    Attributes:
+        curve: share of test images, in percent, that clean victims get right and certify against so many
+            additions and removals: against none first, then against one, and so on.
+        changes: additions and removals that this poison is.
+        violations: test images, over all seeds, that were certified against as many and went wrong.
+    """
+
+    curve: list[Percent] = Field(min_length=1)
+    changes: Count
+    violations: Count
+
+
 class VictimScores(Frozen):
     """Every seed's accuracy on one recipe, in percent, clean and poisoned in pairs.
 
@@ -94,6 +125,8 @@ class VictimScores(Frozen):
         seeds: which evaluation seeds; the lists below follow their order.
         clean, poisoned: final test accuracy.
         clean_best, poisoned_best: test accuracy after the best epoch.
+        filtering: what a defence that weighs images dropped.
+        certificate: what a certified defence promised.
     """
 
     recipe_name: Name
@@ -103,6 +136,8 @@ class VictimScores(Frozen):
     poisoned: list[Percent]
     clean_best: list[Percent]
     poisoned_best: list[Percent]
+    filtering: Filtering | None = None
+    certificate: Certificate | None = None
 
     @model_validator(mode="after")
     def _paired(self) -> VictimScores:
@@ -156,7 +191,8 @@ class Record(Stored):
         custom: what was overridden in the preset, if anything; such records are never ranked
             with the preset's own.
         attack, attack_config, attack_seed: what crafted the poison, whole.
-        defense: what the victims were defended by.
+        defense: what the victims were defended by; several with `+` between them, in their order.
+        defense_config: the hyperparameters of each, whole, by its name.
         dataset, hashes: the data, and the content hash of each split.
         budget, num_train, num_poison: what could be changed, and how much was.
         surrogate: the recipe that the attack was crafted against, by name.
@@ -175,7 +211,8 @@ class Record(Stored):
     attack: Name
     attack_config: Config
     attack_seed: int
-    defense: Name = "none"
+    defense: Annotated[str, Field(pattern=DEFENSE)] = "none"
+    defense_config: Config = {}
     dataset: DataSpec
     hashes: dict[Literal["train", "val", "test"], Hash] = Field(min_length=3)
     budget: Budget

@@ -244,6 +244,14 @@ class PoisonSet:
                     f" {self.budget.pixels.radius}"
                 )
 
+    def where(self, number: int) -> np.ndarray:
+        """Which images of the poisoned set are poison, bool, given how many clean ones there were."""
+        if self.budget.mode == "add":
+            return np.arange(number + len(self)) >= number
+        poisoned = np.zeros(number, bool)
+        poisoned[self.indices] = True
+        return poisoned
+
     def apply(self, train_images: np.ndarray, train_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The poisoned training set, as new arrays."""
         images, labels = train_images.copy(), np.array(train_labels, np.int32)
