@@ -61,6 +61,16 @@ SetOption = Annotated[
         help="Override a recipe: `width=32` for all, `smooth.width=32` for one. Repeatable.",
     ),
 ]
+DefenseOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Defence of the victims, or several with a comma between; see `poisonbench list`."
+    ),
+]
+DefenseSetOption = Annotated[
+    list[str] | None,
+    typer.Option("--defense-set", help="A defence's option: `spectral.factor=2`. Repeatable."),
+]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the attack.")]
 SeedsOption = Annotated[int | None, typer.Option(help="Evaluation seeds per recipe, at least 2.")]
 OutOption = Annotated[Path, typer.Option(help="Folder for runs.")]
@@ -85,6 +95,8 @@ def run(
     radius: RadiusOption = None,
     mode: ModeOption = None,
     set_: SetOption = None,
+    defense: DefenseOption = None,
+    defense_set: DefenseSetOption = None,
     seed: SeedOption = 0,
     seeds: SeedsOption = None,
     out: OutOption = Path("runs"),
@@ -147,6 +159,8 @@ def evaluate(
     resolution: ResolutionOption = None,
     split_seed: SplitSeedOption = None,
     set_: SetOption = None,
+    defense: DefenseOption = None,
+    defense_set: DefenseSetOption = None,
     seeds: SeedsOption = None,
     name: Annotated[
         str | None, typer.Option(help="Whose poison it is. [default: the file's name]")
@@ -363,6 +377,8 @@ def _setting(given: dict[str, Any]) -> Any:
         mode=given.get("mode"),
         overrides=given["set_"] or [],
         seeds=given["seeds"],
+        defense=given.get("defense"),
+        defense_options=given.get("defense_set") or [],
     )
 
 

@@ -142,14 +142,10 @@ class _Shield:
         from poisonbench import defenses
 
         source = [Path(inspect.getfile(type(d))).read_text("utf-8") for d in self.defense.defenses]
-        library = [
-            Path(__file__).with_name(name) for name in ("defended.py", "trained.py", "perturb.py")
-        ]
-        source += [path.read_text("utf-8") for path in library]
-        told = content_hash(condition.poisoned) if self.sees_poison else ""
-        return (
-            f"{defenses.config(self.defense)}{source}{self.allowed}{content_hash(*self.trusted)}{told}"
-        )
+        for name in ("defended.py", "trained.py", "perturb.py"):
+            source.append(Path(__file__).with_name(name).read_text("utf-8"))
+        seen = [*self.trusted, *([condition.poisoned] if self.sees_poison else [])]
+        return f"{defenses.config(self.defense)}{source}{self.allowed}{content_hash(*seen)}"
 
     @property
     def sees_poison(self) -> bool:
@@ -222,10 +218,8 @@ def _scores(
     if kept is not None and kept.exists() and reuse:
         try:
             stored = _Scores.of(json.loads(kept.read_text("utf-8")))
-            if (
-                stored.by_epoch.shape == (len(seeds), recipe.epochs)
-                and np.isfinite(stored.by_epoch).all()
-            ):
+            right_shape = stored.by_epoch.shape == (len(seeds), recipe.epochs)
+            if right_shape and np.isfinite(stored.by_epoch).all():
                 return stored
         except (ValueError, KeyError, TypeError):
             pass  # not whole: train again
@@ -265,8 +259,8 @@ def _shield(defense: Composed | None, poison: PoisonSet, dataset: Dataset) -> _S
         return None
     if defense.trusted > len(dataset.val_labels):
         raise UserError(
-            f"the defence needs {defense.trusted} trusted images, and there are {len(dataset.val_labels)}"
-            " in validation data: lower its option `trusted`"
+            f"the defence needs {defense.trusted} trusted images, and validation data has"
+            f" {len(dataset.val_labels)}: lower its option `trusted`"
         )
     rows = np.random.default_rng(TRUSTED).permutation(len(dataset.val_labels))[: defense.trusted]
     trusted = (dataset.val_images[rows], dataset.val_labels[rows])

@@ -99,6 +99,11 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> Finished:
     """
     dataset, folder = _prepare(request, out, fresh)
     crafted = _craft(request, dataset, folder)
+    if request.setting.defense is not None:
+        # The poison is the undefended run's, and stays there; what defended victims scored lies beside.
+        folder = folder.with_name(f"{folder.name}-{_shield_identity(request.setting)}")
+        _open(folder, fresh)
+        crafted.poison.save(folder / "poison.safetensors")
     about = {
         "attack": request.name,
         "attack_config": attacks.config(request.attack),
@@ -125,6 +130,8 @@ def evaluate(
     dataset = load_data(setting)
     poison.check(dataset.train_images, dataset.train_labels, dataset.num_classes)
     folder = out / setting.track.name / f"{name}-{_identity(setting, dataset, {'poison': poison.hash})}"
+    if setting.defense is not None:
+        folder = folder.with_name(f"{folder.name}-{_shield_identity(setting)}")
     _open(folder, fresh)
     kept = folder / "poison.safetensors"
     poison.save(kept)
@@ -263,12 +270,14 @@ def _measure(
         setting.seeds,
         folder.parent / "victims",
         reuse=reuse,
+        defense=setting.defense,
     )
     record = Record(
         track=setting.track.name, custom=list(setting.custom), **about,
         dataset=setting.dataset, hashes=dataset.hashes(), budget=crafted.poison.budget,
         num_train=len(dataset.train_labels), num_poison=len(crafted.poison),
         surrogate=setting.track.surrogate, victims=done.victims,
+        defense=setting.defense_name, defense_config=_shield_config(setting),
         poison_hash=crafted.poison.hash, evaluation_seconds=round(done.seconds, 1),
         created=records.now(), code=records.code_version(),
         libraries=records.library_versions(), hardware=records.hardware(),
@@ -296,6 +305,19 @@ def _write_tables(record: Record, crafted: Crafted, folder: Path) -> None:
         if len(table):
             with replacing(folder / f"{name}.csv") as temporary:
                 table.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def _shield_config(setting: Setting) -> dict[str, Any]:
+    if setting.defense is None:
+        return {}
+    from poisonbench import defenses
+
+    return defenses.config(setting.defense)
+
+
+def _shield_identity(setting: Setting) -> str:
+    text = json.dumps([setting.defense_name, _shield_config(setting)], sort_keys=True)
+    return f"{setting.defense_name}-{content_hash(np.frombuffer(text.encode(), np.uint8))[:8]}"
 
 
 def _identity(setting: Setting, dataset: data.Dataset, rest: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,6 +15,9 @@ from poisonbench.data import DataSpec
 from poisonbench.errors import UserError, unknown_name
 from poisonbench.threat import Box, Budget, make_budget
 from poisonbench.victim.recipe import Recipe
+
+if TYPE_CHECKING:  # it imports JAX
+    from poisonbench.defenses import Composed
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Setting:
         budget: the game.
         recipes: the victims, by name.
         seeds: evaluation seeds.
+        defense: what the victims are defended by.
+        defense_name: as in a record; `none` for nothing.
     """
 
     track: tracks.Track
@@ -38,6 +43,8 @@ class Setting:
     budget: Budget
     recipes: dict[str, Recipe]
     seeds: tuple[int, ...]
+    defense: Composed | None = None
+    defense_name: str = "none"
 
     @property
     def surrogate(self) -> Recipe:
@@ -57,6 +64,8 @@ def resolve(
     mode: str | None = None,
     overrides: Sequence[str],
     seeds: int | None,
+    defense: str | None = None,
+    defense_options: Sequence[str] = (),
 ) -> Setting:
     """Start from a track and apply what was typed.
 
@@ -71,6 +80,8 @@ def resolve(
         mode: `replace` or `add`, None for the track's.
         overrides: `field=value` for every recipe, `recipe.field=value` for one.
         seeds: how many evaluation seeds.
+        defense: names of defences, with a comma between them.
+        defense_options: such as `spectral.factor=2`.
 
     Raises:
         UserError: a name that is not there, or a value out of its range.
@@ -100,10 +111,25 @@ def resolve(
     if data_dir is not None:
         existing_folder(data_dir)
     everything = tuple(sorted(custom + changed))
-    return Setting(preset, everything, spec, data_dir, budget, recipes, tuple(range(count)))
+    defended, defense_name = _defense(defense, defense_options)
+    return Setting(
+        preset, everything, spec, data_dir, budget, recipes, tuple(range(count)), defended, defense_name
+    )
 
 
 _OPTION_OF = {"name": "dataset"}
+
+
+def _defense(text: str | None, options: Sequence[str]) -> tuple[Composed | None, str]:
+    """The defences, and what a record calls them; one that does nothing is none."""
+    if text is None or text == "none":
+        if options:
+            raise UserError(f"--defense-set {options[0]}: name the defence by --defense")
+        return None, "none"
+    from poisonbench import defenses
+
+    built = defenses.build(text, options)
+    return built, "+".join(name.strip() for name in text.split(","))
 
 
 def _dataset_name(name: str) -> str:
