@@ -5,15 +5,15 @@ Claims tested here:
 - the oracle drops the poison and nothing else, the random filter as many as may be poisoned;
 - `spectral`, `activation_clustering`, `deep_knn` and `loss_trim` find planted outliers in features or
   losses, at least twice as often as chance;
-- `mixup` and `cutmix` blend labels as they blend pixels; `cutout` blanks what it says; `gaussian` has its
-  standard deviation;
+- `mixup` and `cutmix` blend labels as they blend pixels; `cutout` blanks what it says; `gaussian` has
+  its standard deviation;
 - `iss` makes images grey, and its JPEG is what Pillow makes of them;
-- `adversarial` raises the loss within its radius; `friendly_noise` stays within its own and moves what the
-  victim says less than as much random noise does;
+- `adversarial` raises the loss within its radius; `friendly_noise` stays within its own and moves what
+  the victim says less than as much random noise does;
 - `dp_sgd` moves by no more than its clip, however large a part's gradient;
 - `epic` finds the isolated; its medoids are those of a hand-made example;
-- `dpa`: where an image goes depends on itself alone; the certificate is the largest that brute force cannot
-  break, and no change of so many votes breaks it;
+- `dpa`: where an image goes depends on itself alone; the certificate is the largest that brute force
+  cannot break, and no change of so many votes breaks it;
 - `metagradient_weights` follows the exact gradient by the weights, which finite differences agree with,
   and takes weight from mislabelled images.
 
@@ -37,7 +37,6 @@ from poisonbench import defenses
 from poisonbench.data import DataSpec, load
 from poisonbench.defenses import Defense, View, dpa, epic, metagradient_weights
 from poisonbench.tracks import DIGITS
-from poisonbench.trained import TrainedVictim
 
 RECIPE = DIGITS.recipes["smooth"].replace(width=4, batch_size=25, epochs=8, norm_momentum=0.8)
 KEY = jax.random.key(11)
@@ -79,10 +78,6 @@ def test_filters_find_wrong_labels(name: str) -> None:
     assert 0 < len(found) < 100
     precision = np.isin(found, WRONG).mean()
     assert precision > 0.2, "chance is a tenth"
-
-
-class Features(TrainedVictim):
-    """A victim whose features are stated."""
 
 
 def test_activation_clustering_drops_the_small_part(monkeypatch: pytest.MonkeyPatch) -> None:
