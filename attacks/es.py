@@ -22,6 +22,12 @@ What is left open, and how it is settled here:
   lie at the budget's bounds, and a victim trains on any number.
 - *Everything else* as in `mgd`: Adam, its falling step size, the projection, the checks.
 
+Published: nothing found.
+
+Measured on `digits` with fixed labels (12 of 500 images, 45 metasteps of two pairs, which took 0.6 times as
+long as those of `mgd`): 0.37 ± 0.12 points lost from random images, 0.80 ± 0.36 from copies of concentrated
+flips; held-out loss fell from the copies on, so what is kept is the start.
+
 Cost: `steps × 2 × pairs` victim trainings, and `check_seeds` at every check. A metastep of two pairs
 costs what a metagradient does.
 """

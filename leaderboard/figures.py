@@ -85,7 +85,12 @@ def _costs(game: Game, results: Path) -> dict[str, Any] | None:
         return None
     judge = game.recipes[0]
     points = [
-        {"name": row.name, "trainings": round(row.trainings or 0, 1), **_drop(row, judge)}
+        {
+            "name": row.name,
+            "control": row.control is not None,
+            "trainings": round(row.trainings or 0, 1),
+            **_drop(row, judge),
+        }
         for row in rows
     ]
     curves = [{"name": row.name, "points": curve} for row in rows if (curve := _curve(row, results))]
@@ -165,26 +170,37 @@ def _draw_costs(numbers: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(11 if curves else 6, 4), layout="constrained")
     panels: Any = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
     figure.suptitle(numbers["title"], fontsize=10)
-    for i, point in enumerate(numbers["points"]):
+    looks = {name: (f"C{i % 10}", "osD^v"[i // 10 % 5]) for i, name in enumerate(_names(numbers))}
+    labelled: set[str] = set()
+    for point in numbers["points"]:
+        color, marker = ("0.6", "o") if point["control"] else looks[point["name"]]
+        label = "controls" if point["control"] else point["name"]
         panels[0].errorbar(
-            point["trainings"], point["drop"], point["half"], fmt="none", ecolor=f"C{i % 10}", capsize=2,
-        )  # fmt: skip
+            point["trainings"], point["drop"], point["half"], fmt="none", ecolor=color, capsize=2
+        )
         panels[0].plot(
-            point["trainings"], point["drop"], linestyle="", color=f"C{i % 10}",
-            marker="osD^v"[i // 10 % 5], label=point["name"],
+            point["trainings"], point["drop"], linestyle="", color=color, marker=marker,
+            label=None if label in labelled else label,
         )  # fmt: skip
+        labelled.add(label)
     panels[0].set_xscale("symlog", linthresh=1)
     panels[0].set_xlim(left=-0.1)
     panels[0].set_ylabel(f"points lost, {numbers['victims']} victims")
     if curves:
-        names = [point["name"] for point in numbers["points"]]
         for curve in curves:
-            color = f"C{names.index(curve['name']) % 10}"
-            panels[1].plot(*zip(*curve["points"], strict=True), "o-", color=color, label=curve["name"])
+            color, marker = looks[curve["name"]]
+            panels[1].plot(
+                *zip(*curve["points"], strict=True), color=color, marker=marker, label=curve["name"]
+            )
         panels[1].set_ylabel("validation loss, held-out seeds")
     for axes in panels:
         _finish(axes, "crafting, in trainings of one victim")
     return figure
+
+
+def _names(numbers: dict[str, Any]) -> list[str]:
+    """Attacks, in order of rank."""
+    return [point["name"] for point in numbers["points"] if not point["control"]]
 
 
 def _draw_fractions(numbers: dict[str, Any]) -> Figure:
