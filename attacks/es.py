@@ -24,9 +24,9 @@ What is left open, and how it is settled here:
 
 Published: nothing found.
 
-Measured on `digits` with fixed labels (12 of 500 images, 45 metasteps of two pairs, which took 0.6 times as
-long as those of `mgd`): 0.37 ± 0.12 points lost from random images, 0.80 ± 0.36 from copies of concentrated
-flips; held-out loss fell from the copies on, so what is kept is the start.
+Measured on `digits` with fixed labels (12 of 500 images, 45 metasteps of two pairs, which took 0.6
+times as long as those of `mgd`): 0.37 ± 0.12 points lost from random images, 0.80 ± 0.36 from copies
+of concentrated flips; held-out loss fell from the copies on, so what is kept is the start.
 
 Cost: `steps × 2 × pairs` victim trainings, and `check_seeds` at every check. A metastep of two pairs
 costs what a metagradient does.

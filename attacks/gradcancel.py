@@ -30,10 +30,11 @@ its features can take off more than `𝒲((c - 1)/e)`, where 𝒲 is Lambert's f
 classes. So with ε poisons for each clean image, `ε ≥ ⟨W, g⟩ / (n 𝒲((c - 1)/e))` is necessary, not
 sufficient. It is said of every target before pixels are crafted for it.
 
-Measured on `digits` (12 of 500 images, fixed labels, ten pairs of smooth victims): 0.55 ± 0.39 points lost
-with all layers and 0.27 ± 0.18 with the last, which is not told from noise (0.13 to 0.35). The bound says
-why: there are 0.025 poisons for each clean image, and every target that does badly needs from 0.4 to 67;
-at the two nearer ones, where the bound allows it, from 34 to 89 % of the gradient is left.
+Measured on `digits` (12 of 500 images, fixed labels, ten pairs of smooth victims): 0.55 ± 0.39 points
+lost with all layers and 0.27 ± 0.18 with the last, which is not told from noise (0.13 to 0.35). The
+bound says why: there are 0.025 poisons for each clean image, and every target that does badly needs
+from 0.4 to 67; at the two nearer ones, where the bound allows it, from 34 to 89 % of the gradient is
+left.
 
 Cost: for each of five radii, `steps` double backward passes over the poison and `trial_seeds` victim
 trainings; one victim training before.

@@ -11,9 +11,9 @@ labels name: the same wrong pairs, but the originals stay.
 Cost: random, none; confident, `trial_seeds` victim trainings; concentrated,
 `(candidates + 1) × trial_seeds`.
 
-Measured on `digits` (12 of 500 images, ten pairs of smooth victims): with free labels 0.87 ± 0.30 points
-lost to random flips, 1.78 ± 0.56 to confident and 1.77 ± 0.49 to concentrated ones; by copies under fixed
-labels 0.55 ± 0.25, 0.25 ± 0.20 and 0.35 ± 0.36. See `results/README.md`.
+Measured on `digits` (12 of 500 images, ten pairs of smooth victims): with free labels 0.87 ± 0.30
+points lost to random flips, 1.78 ± 0.56 to confident and 1.77 ± 0.49 to concentrated ones; by copies
+under fixed labels 0.55 ± 0.25, 0.25 ± 0.20 and 0.35 ± 0.36. See `results/README.md`.
 """
 
 from __future__ import annotations

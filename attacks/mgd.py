@@ -27,9 +27,9 @@ Cost: a metagradient is three to four victim trainings. There are `steps × runs
 
 Published: CIFAR-10, 2.5 %, 92 to 78 % (-13.9 points); -10.2 on a victim that is not smooth.
 
-Measured on `digits` (12 of 500 images, 45 metasteps, ten pairs of smooth victims): 3.38 ± 0.46 points lost
-with fixed labels, of which the start alone (`--steps 0`) takes 2.07 ± 0.32; 3.90 ± 0.39 with free ones,
-of which the labels alone take 2.52 ± 0.29. See `results/README.md`.
+Measured on `digits` (12 of 500 images, 45 metasteps, ten pairs of smooth victims): 3.38 ± 0.46 points
+lost with fixed labels, of which the start alone (`--steps 0`) takes 2.07 ± 0.32; 3.90 ± 0.39 with free
+ones, of which the labels alone take 2.52 ± 0.29. See `results/README.md`.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ What is left open, and how it is settled here:
 
 Published: no figure for this game was at hand.
 
-Measured on `digits` (12 of 500 images, fixed labels, ten pairs of smooth victims): 0.22 ± 0.29 points lost,
-no more than to noise.
+Measured on `digits` (12 of 500 images, fixed labels, ten pairs of smooth victims): 0.22 ± 0.29 points
+lost, no more than to noise.
 
 Cost: in each round, twenty steps on a batch and 17 second-order products, about as much as 60 steps of
 training; and `check_seeds` victim trainings at every check.
