@@ -74,9 +74,7 @@ class ES(Ascent):
         """The mean loss of all runs, and the estimate over all pairs."""
         noise_key, run_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, (self.pairs, *z.shape))
-        run, state = TrainingRun.start(
-            problem.recipe, problem.data, jnp.repeat(jax.random.split(run_key, self.pairs), 2)
-        )
+        run, state = problem.start(jnp.repeat(jax.random.split(run_key, self.pairs), 2))
         signed = jnp.stack([noise, -noise], axis=1).reshape(-1, *z.shape)
         losses = np.asarray(_losses(problem.loss, run, state, z[None] + self.sigma * signed))
         if not np.isfinite(losses).all():
@@ -95,7 +93,7 @@ def _losses(
     """The loss after each run, which has a poison of its own."""
 
     def one(key: PRNGKeyArray, order: Array, state: TrainState, z: Array) -> Array:
-        alone = TrainingRun(run.recipe, run.data, key[None], order[None])
+        alone = TrainingRun(run.recipe, run.data, key[None], order[None], guard=run.guard)
         return loss(train(alone, jax.tree.map(lambda x: x[None], state), z))
 
     return jax.vmap(one)(run.keys, run.order, state, z)

@@ -89,7 +89,7 @@ class MGD(Ascent):
         """The mean loss of `runs_per_step` runs, and their mean metagradient."""
         value, gradient = 0.0, jnp.zeros_like(z)
         for one_key in jax.random.split(key, self.runs_per_step):
-            run, state = TrainingRun.start(problem.recipe, problem.data, one_key[None])
+            run, state = problem.start(one_key[None])
             first = run.num_steps - max(1, round(self.differentiated * run.num_steps))
             if first:
                 state = _trained(run, state, z, jnp.int32(first))
@@ -105,7 +105,7 @@ class MGD(Ascent):
         """The images through which the victim is hurt most, and the labels that do it."""
         labels, rows = task.train_labels, np.arange(len(task.train_labels))
         everything = replace(task, budget=task.budget.model_copy(update={"mode": "replace"}))
-        problem = Problem.of(everything, rows, labels, self.goal)
+        problem = Problem.of(everything, rows, labels, self.goal, self.guard())
         pixels = jnp.asarray(task.train_images, jnp.float32) / 255
         if task.budget.labels == "fixed" and not isinstance(task.budget.pixels, Box):
             influence = jnp.abs(_summed(problem, pixels, None, keys, journal)).sum((1, 2, 3))
@@ -178,7 +178,7 @@ def _summed(
     total = jnp.zeros_like(z)
     with journal.progress("ranking images", len(keys)) as bar:
         for key in keys:
-            run, state = TrainingRun.start(problem.recipe, problem.data, key[None])
+            run, state = problem.start(key[None])
             step = run if pixels is None else _ByTargets(run, pixels)
             total += _metagradient(problem, step, state, run.num_steps, z, "in the ranking")[1]
             bar.advance()

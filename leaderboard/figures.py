@@ -7,11 +7,12 @@ pixels: each file carries a digest of the numbers in it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,6 +22,7 @@ from poisonbench._files import replacing
 from poisonbench.records import Record
 
 from .games import Game, Row, canonical
+from .shields import Cell, Siege
 
 FOLDER = "figures"
 DIGEST = "Description"
@@ -62,12 +64,14 @@ class Picture:
             )
 
 
-def pictures(games: list[Game], results: Path) -> dict[Path, Picture]:
-    """All figures of these tables, by path relative to the results."""
+def pictures(games: list[Game], results: Path, several: Sequence[Siege] = ()) -> dict[Path, Picture]:
+    """All figures of these tables and their defences, by path relative to the results."""
     found: dict[Path, Picture] = {}
     for game in games:
         if game.frozen and (numbers := _costs(game, results)):
             found[of_game(game)] = Picture(numbers, _draw_costs)
+    for siege in several:
+        found[of_siege(siege)] = Picture(_siege(siege), _draw_siege)
     for slug, numbers in _fractions(games).items():
         found[Path(FOLDER, f"{slug}.png")] = Picture(numbers, _draw_fractions)
     return found
@@ -76,6 +80,11 @@ def pictures(games: list[Game], results: Path) -> dict[Path, Picture]:
 def of_game(game: Game) -> Path:
     """Where the figure of a table lies, relative to the results."""
     return Path(FOLDER, f"{game.slug}.png")
+
+
+def of_siege(siege: Siege) -> Path:
+    """Where the figure of a table's defences lies, relative to the results."""
+    return Path(FOLDER, f"{siege.game.slug}-defences.png")
 
 
 def _costs(game: Game, results: Path) -> dict[str, Any] | None:
@@ -214,6 +223,56 @@ def _draw_fractions(numbers: dict[str, Any]) -> Figure:
     axes.set_xscale("log")
     axes.set_ylabel(f"points lost, {numbers['victims']} victims")
     _finish(axes, "share of the training set poisoned, %")
+    return figure
+
+
+def _siege(siege: Siege) -> dict[str, Any]:
+    """Won back by attack and defence, and the price of each defence."""
+    return {
+        "title": siege.game.title, "victims": siege.judge,
+        "attacks": siege.attacks, "defenses": siege.defenses,
+        "won_back": [
+            [_share(siege.cells.get((attack, defense))) for defense in siege.defenses]
+            for attack in siege.attacks
+        ],
+        "price": [
+            [round(x, 4) for x in (price.mean, (price.high - price.low) / 2)]
+            for price in map(siege.price, siege.defenses)
+        ],
+        "mean": [None if m is None else round(m, 4) for m in map(siege.mean_won_back, siege.defenses)],
+    }  # fmt: skip
+
+
+def _share(cell: Cell | None) -> float | None:
+    return None if cell is None or cell.won_back is None else round(cell.won_back.mean, 4)
+
+
+def _draw_siege(numbers: dict[str, Any]) -> Figure:
+    attacks, defenses = numbers["attacks"], numbers["defenses"]
+    figure = Figure(figsize=(13, 1.8 + 0.32 * max(10, len(defenses))), layout="constrained")
+    figure.suptitle(
+        f"{numbers['title']}: what defences win back, {numbers['victims']} victims", fontsize=10
+    )
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1])
+    shares = np.array(numbers["won_back"], float).T  # None is NaN, and blank
+    shown = left.imshow(shares, cmap="RdYlGn", vmin=-0.5, vmax=1.5, aspect="auto")
+    left.set_xticks(range(len(attacks)), attacks, rotation=30, ha="right", fontsize=8)
+    left.set_yticks(range(len(defenses)), defenses, fontsize=8)
+    for (i, j), value in np.ndenumerate(shares):
+        left.text(
+            j, i, "–" if np.isnan(value) else f"{100 * value:.0f}", ha="center", va="center", fontsize=7
+        )
+    figure.colorbar(shown, ax=left, label="share of the lost accuracy won back", shrink=0.6)
+    for i, (name, (price, half), mean) in enumerate(
+        zip(defenses, numbers["price"], numbers["mean"], strict=True)
+    ):
+        if mean is not None:
+            right.errorbar(
+                price, 100 * mean, xerr=half, fmt="osD^v"[i // 10 % 5], color=f"C{i % 10}", label=name
+            )
+    right.set_ylabel("won back, %, mean over the attacks that took something")
+    _finish(right, "price: points of accuracy lost where there is no poison")
+    right.axvline(0, color="0.8", linewidth=1, zorder=0)
     return figure
 
 

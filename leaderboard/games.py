@@ -1,8 +1,8 @@
 """Which records stand in one table, and in what order.
 
-Records are compared only where they were measured alike: a table is the set of records that share
-data, victims, evaluation seeds, budget and defence. Whether it belongs to a frozen track is decided
-by what its records say was run, not by what they call themselves.
+Records are compared only where they were measured alike: a table is the set of records without a
+defence that share data, victims, evaluation seeds and budget. Whether it belongs to a frozen track is
+decided by what its records say was run, not by what they call themselves.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ def read(results: Path) -> list[Game]:
     """
     groups: dict[str, list[tuple[Path, Record]]] = {}
     for path, record in records.find(results):
+        if record.defense != "none":
+            continue  # see `shields`
         groups.setdefault(_key(record), []).append((path.parent, record))
     named = {key: _title(group[0][1]) for key, group in groups.items()}
     slugs = {key: _slug(title) for key, title in named.items()}
@@ -148,7 +150,7 @@ def _key(record: Record) -> str:
     return canonical(
         [
             record.track, sorted(record.custom), record.dataset.model_dump(), record.hashes,
-            record.num_train, record.budget.model_dump(), record.defense, record.surrogate, victims,
+            record.num_train, record.budget.model_dump(), record.surrogate, victims,
         ]
     )  # fmt: skip
 
@@ -176,8 +178,7 @@ def _changes(record: Record) -> list[str]:
 def _title(record: Record) -> str:
     changes = _changes(record)
     custom = f", custom ({', '.join(changes)})" if changes else ""
-    defense = "" if record.defense == "none" else f"; defence {record.defense}"
-    return f"{record.track}{custom}: {record.budget.game()}{defense}"
+    return f"{record.track}{custom}: {record.budget.game()}"
 
 
 def _slug(title: str) -> str:
@@ -242,7 +243,8 @@ def _telling_options(group: list[Record]) -> dict[str, set[str]]:
     telling = {attack: {"spread"} if attack == "label_flip" else set[str]() for attack in options}
     for attack, several in options.items():
         for name in set[str]().union(*several):
-            if len({canonical(each.get(name)) for each in several}) > 1:
+            # A record from before there was an option has nothing to tell of it.
+            if len({canonical(each[name]) for each in several if name in each}) > 1:
                 telling[attack].add(name)
     return telling
 
@@ -265,6 +267,26 @@ def _name(record: Record, telling: Iterable[str]) -> str:
         if name in telling
     ]
     return f"{record.attack} ({', '.join(told)})" if told else record.attack
+
+
+def telling_name(name: str, config: dict[str, Any], others: Iterable[dict[str, Any]]) -> str:
+    """A defence, with the options in which records of it differ."""
+    flat = [_flattened(each) for each in others]
+    mine = _flattened(config)
+    told = [
+        f"{option}={value if isinstance(value, str) else canonical(value)}"
+        for option, value in sorted(mine.items())
+        if len({canonical(each[option]) for each in flat if option in each}) > 1
+    ]
+    return f"{name} ({', '.join(told)})" if told else name
+
+
+def _flattened(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{part}.{option}" if len(config) > 1 else option: value
+        for part, options in config.items()
+        for option, value in options.items()
+    }
 
 
 def _with_ranks(rows: list[Row], recipe: str) -> list[Row]:

@@ -25,8 +25,9 @@ from poisonbench.statistics import CONFIDENCE, Interval
 from poisonbench.threat import LInf
 from poisonbench.tracks import TRACKS
 
-from .figures import FOLDER, Picture, of_game, pictures
+from .figures import FOLDER, Picture, of_game, of_siege, pictures
 from .games import Game, Row, canonical, read
+from .shields import Siege, sieges
 
 BEGIN = "<!-- leaderboard: begin -->"
 END = "<!-- leaderboard: end -->"
@@ -47,7 +48,8 @@ def build(results: Path) -> dict[Path, str]:
         UserError: a record is not valid.
     """
     games = read(results)
-    return _files(games, pictures(games, results))
+    several = sieges(results, games)
+    return _files(games, pictures(games, results, several), several)
 
 
 def update(results: Path, readme: Path | None = None, check: bool = False) -> list[Path]:
@@ -66,8 +68,9 @@ def update(results: Path, readme: Path | None = None, check: bool = False) -> li
         UserError: a record is not valid, the page lacks its markers, or a file cannot be written.
     """
     games = read(results)
-    figures = pictures(games, results)
-    wanted = {results / path: text for path, text in _files(games, figures).items()}
+    several = sieges(results, games)
+    figures = pictures(games, results, several)
+    wanted = {results / path: text for path, text in _files(games, figures, several).items()}
     if readme is not None:
         wanted[readme] = _inserted(readme, results, games)
     changed = [path for path, text in wanted.items() if _bytes(path) != text.encode()]
@@ -95,7 +98,7 @@ def escape(text: object) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _files(games: list[Game], figures: dict[Path, Picture]) -> dict[Path, str]:
+def _files(games: list[Game], figures: dict[Path, Picture], several: list[Siege]) -> dict[Path, str]:
     tracks = [(t, [g for g in games if g.frozen and g.track == t.name]) for t in TRACKS.values()]
     page = _template("results.md.j2").render(
         tracks=tracks,
@@ -103,6 +106,8 @@ def _files(games: list[Game], figures: dict[Path, Picture]) -> dict[Path, str]:
         set_aside=[(game, row) for game in games for row in game.set_aside],
         figures=figures,
         of_game=of_game,
+        of_siege=of_siege,
+        siege_of={siege.game.slug: siege for siege in several},
         curves={
             name: [path for path, picture in figures.items() if picture.numbers.get("track") == name]
             for name in TRACKS
@@ -110,7 +115,10 @@ def _files(games: list[Game], figures: dict[Path, Picture]) -> dict[Path, str]:
         percent=f"{CONFIDENCE:.0%}".replace("%", " %"),
     )
     tables = {Path("tables", f"{game.slug}.csv"): _csv(game) for game in games}
-    return {Path("README.md"): page} | tables
+    defended = {
+        Path("tables", f"{siege.game.slug}-defences.csv"): _siege_csv(siege) for siege in several
+    }
+    return {Path("README.md"): page} | tables | defended
 
 
 def _inserted(readme: Path, results: Path, games: list[Game]) -> str:
@@ -134,6 +142,33 @@ def _csv(game: Game) -> str:
     rows = [_flat(game, row) for row in game.ranked + game.set_aside]
     # As objects, so that a rank that one row lacks does not turn the others into floats.
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _siege_csv(siege: Siege) -> str:
+    rows = []
+    for defense in siege.defenses:
+        for cell in siege.of(defense):
+            won = cell.won_back
+            certificate = next(
+                v.certificate for v in cell.record.victims if v.recipe_name == siege.judge
+            )
+            row: dict[str, object] = {
+                "defense": cell.defense, "defense_config": canonical(cell.record.defense_config),
+                "attack": cell.attack, **_ends("poisoned", cell.poisoned), **_ends("price", cell.price),
+                **({} if won is None else _ends("won_back", won)),
+                "precision": _six(cell.precision), "recall": _six(cell.recall),
+                "clean_images_lost": _six(cell.clean_lost),
+                "certificate_changes": None if certificate is None else certificate.changes,
+                "certificate_violations": None if certificate is None else certificate.violations,
+                "evaluation_seconds": cell.record.evaluation_seconds,
+                "record": f"{cell.folder}/record.json",
+            }  # fmt: skip
+            rows.append({name: _no_formula(value) for name, value in row.items()})
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _six(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
 
 
 def _flat(game: Game, row: Row) -> dict[str, object]:

@@ -26,13 +26,14 @@ import optax
 from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt8
 
 from poisonbench.attacks import Attack, Task
+from poisonbench.defenses import in_steps
 from poisonbench.errors import UserError
 from poisonbench.flips import best_concentrated_flips, chosen_at_random, placed, require_flips
 from poisonbench.journal import Journal, pack
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import Goal, ValidationLoss, train
 from poisonbench.victim.recipe import Recipe
-from poisonbench.victim.training import TrainingRun, TrainingSet
+from poisonbench.victim.training import Guard, TrainingRun, TrainingSet, TrainState
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Problem:
         data: the training set, with slots for the poison.
         loss: of a trained victim, on validation data.
         low, high: `[p, height, width, channels]`, float32, the pixels that the budget allows.
+        guard: the defence in its steps that the attack is made against; None for none.
     """
 
     recipe: Recipe
@@ -51,20 +53,27 @@ class Problem:
     loss: ValidationLoss
     low: jax.Array
     high: jax.Array
+    guard: Guard | None = None
 
     @staticmethod
-    def of(task: Task, indices: np.ndarray, labels: np.ndarray, goal: Goal) -> Problem:
+    def of(
+        task: Task, indices: np.ndarray, labels: np.ndarray, goal: Goal, guard: Guard | None = None
+    ) -> Problem:
         """The problem with these images poisoned, under these labels."""
         clean = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
         images, truth = jnp.asarray(task.val_images), jnp.asarray(task.val_labels)
         loss = ValidationLoss(task.recipe, task.num_classes, goal, images, truth)
         low, high = (jnp.asarray(bound, jnp.float32) / 255 for bound in task.bounds(indices))
         data = clean.with_poison(indices, labels, add=task.budget.mode == "add")
-        return Problem(task.recipe, data, loss, low, high)
+        return Problem(task.recipe, data, loss, low, high, guard)
+
+    def start(self, keys: Key[Array, " seeds"]) -> tuple[TrainingRun, TrainState]:
+        """A run of the victim and its initial state, for each key."""
+        return TrainingRun.start(self.recipe, self.data, keys, self.guard)
 
     def harm(self, images: UInt8[np.ndarray, "p h w c"], keys: Key[Array, " seeds"]) -> float:
         """The mean loss of a victim for each key, trained on a poison as it would be stored."""
-        run, state = TrainingRun.start(self.recipe, self.data, keys)
+        run, state = self.start(keys)
         state = train(run, state, jnp.asarray(images, jnp.float32) / 255)
         return float(_evaluate(self.loss, state))
 
@@ -129,6 +138,8 @@ class Ascent(Attack):
             concentrated ones, or copies of them where labels are fixed.
         start_seeds: victims trained for each pair of flips.
         candidates: class pairs tried in search of flips.
+        against: defences, with commas between, that the victim is taken to train under, as far as they
+            act in its steps: the attack is adaptive then.
     """
 
     steps: int = 45
@@ -141,6 +152,7 @@ class Ascent(Attack):
     start: str = "random"
     start_seeds: int = 5
     candidates: int = 6
+    against: str = ""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -150,6 +162,15 @@ class Ascent(Attack):
             raise UserError("--step-size must be above 0")
         if not 0 <= self.momentum < 1:
             raise UserError("--momentum must lie in [0, 1)")
+        self.guard()  # so that a wrong name is refused at once
+
+    def guard(self) -> Guard | None:
+        """The defence that the attack is made against.
+
+        Raises:
+            UserError: there is no such defence, or it acts elsewhere than in the victim's steps.
+        """
+        return in_steps(self.against) if self.against else None
 
     def require(self, budget: Budget) -> None:
         """Flips as a start need a budget that can have them."""
@@ -187,7 +208,7 @@ class Ascent(Attack):
         start_key, step_key, check_key = jax.random.split(key, 3)
         arrays = journal.restore()
         climb = self._start(task, start_key, journal) if arrays is None else _Climb.of(arrays)
-        problem = Problem.of(task, climb.indices, climb.labels, self.goal)
+        problem = Problem.of(task, climb.indices, climb.labels, self.goal, self.guard())
         if arrays is None:
             climb, held_out = self._checked(problem, climb, check_key)
             journal.save(climb.arrays(), {"metastep": 0, "held_out_loss": held_out})

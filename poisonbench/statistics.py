@@ -80,3 +80,37 @@ def paired_drop(clean: Sequence[float], poisoned: Sequence[float]) -> Interval:
 def ranks(intervals: Sequence[Interval]) -> list[int]:
     """Each interval's rank, from 1 for the highest; ties share a rank."""
     return [1 + sum(other.above(mine) for other in intervals) for mine in intervals]
+
+
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval | None:
+    """Fieller's interval for the ratio of two means, from pairs.
+
+    The ratios r for which mean(x - r y) is not told from zero, by Student's interval of the paired
+    values: between the roots of
+
+        (x̄ - r ȳ)² = t²(n - 1) · (s_xx - 2 r s_xy + r² s_yy) / n.
+
+    Args:
+        numerators: x, one for each pair.
+        denominators: y.
+
+    Returns:
+        The interval; None where the mean of the denominators is not told from zero itself, and a ratio
+        to it says nothing.
+
+    Raises:
+        UserError: fewer than two pairs.
+    """
+    from scipy import stats
+
+    if len(numerators) < 2 or len(numerators) != len(denominators):
+        raise UserError("an interval needs at least two pairs")
+    x, y = np.asarray(numerators, float), np.asarray(denominators, float)
+    number = len(x)
+    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1))
+    s = np.cov(x, y) * t**2 / number
+    a, b, c = y.mean() ** 2 - s[1, 1], x.mean() * y.mean() - s[0, 1], x.mean() ** 2 - s[0, 0]
+    if a <= 0:
+        return None
+    root = float(np.sqrt(max(b**2 - a * c, 0.0)))
+    return Interval(mean=float(x.mean() / y.mean()), low=(b - root) / a, high=(b + root) / a, n=number)

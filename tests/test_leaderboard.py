@@ -5,8 +5,8 @@ Claims of `poisonbench.leaderboard` tested here:
 - the same records give the same bytes, in whatever order they are read and hashed, and a second
   update changes nothing;
 - a row shows what its record holds, and the CSV has the numbers in full;
-- a table holds one game: labels, fraction, pixels, data, victims, seeds and defence agree, and
-  headings and files of two tables differ;
+- a table holds one game: labels, fraction, pixels, data, victims and seeds agree, and headings and
+  files of two tables differ; what defended victims scored stands elsewhere;
 - a record that changes a track, or says it does not and does, stands apart from the track's own;
 - ranks tie where intervals do not part, rows are in order of rank, then of drop;
 - controls are marked, a table names those that it lacks, and a handed-in poison is no control;
@@ -198,7 +198,6 @@ OTHER_GAMES: dict[str, dict[str, Any]] = {
     "fraction": {"budget": Budget(fraction=0.05)},
     "fraction, in digits that the heading rounds": {"budget": Budget(fraction=0.025001)},
     "pixels": {"budget": Budget(fraction=0.025, pixels=LInf(radius=8))},
-    "defence": {"defense": "filter"},
     "track": {"track": "cifar10-small"},
     "unknown track": {"track": "mine"},
     "custom": {"custom": ["smooth.width=17"]},

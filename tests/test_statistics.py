@@ -20,7 +20,7 @@ import pytest
 from scipy import stats
 
 from poisonbench.errors import UserError
-from poisonbench.statistics import Interval, mean_interval, paired_drop, ranks
+from poisonbench.statistics import Interval, mean_interval, paired_drop, ranks, ratio_interval
 
 
 def span(low: float, high: float) -> Interval:
@@ -113,6 +113,41 @@ def test_ranks(intervals: list[Interval], expected: list[int]) -> None:
     pairs = list(zip(intervals, expected, strict=True))
     for shuffled in itertools.permutations(pairs):
         assert ranks([interval for interval, _ in shuffled]) == [rank for _, rank in shuffled]
+
+
+def test_fiellers_interval_by_simulation() -> None:
+    """Of many samples, 95 in 100 intervals hold the true ratio, where Student's for the mean would not do."""
+    rng = np.random.default_rng(0)
+    ratio, held, bounded = 0.4, 0, 0
+    for _ in range(2000):
+        y = 2 + rng.normal(size=6)
+        x = ratio * y + 0.5 * rng.normal(size=6)
+        interval = ratio_interval(x.tolist(), y.tolist())
+        if interval is not None:
+            bounded += 1
+            held += interval.low <= ratio <= interval.high
+            assert interval.low <= interval.mean <= interval.high
+    assert bounded > 1500
+    assert held / bounded == pytest.approx(0.95, abs=0.02)
+
+
+def test_fiellers_interval_of_a_sure_denominator_is_students() -> None:
+    x = [1.0, 2.0, 3.0, 2.5]
+    interval = ratio_interval(x, [4.0] * 4)
+    assert interval is not None
+    student = mean_interval([value / 4 for value in x])
+    assert (interval.low, interval.mean, interval.high) == pytest.approx(
+        (student.low, student.mean, student.high)
+    )
+    scaled = ratio_interval([10 * value for value in x], [40.0] * 4)
+    assert scaled is not None
+    assert (scaled.low, scaled.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_a_ratio_to_nothing_is_none() -> None:
+    assert ratio_interval([1.0, 2.0, 3.0], [-1.0, 0.0, 1.0]) is None
+    with pytest.raises(UserError, match="two pairs"):
+        ratio_interval([1.0], [1.0])
 
 
 def test_one_lucky_seed_wins_no_rank() -> None:

@@ -283,6 +283,23 @@ def build(text: str, options: Sequence[str] = ()) -> Composed:
     return Composed(tuple(_plugins.build(load(name), name, given[name]) for name in wanted))
 
 
+def in_steps(text: str) -> Composed:
+    """Defences of these names, of which all act in the victim's steps alone, and can be gone through.
+
+    Raises:
+        UserError: no such defence, or one that acts elsewhere.
+    """
+    built = build(text)
+    for name, defense in zip(text.split(","), built.defenses, strict=True):
+        for hook in ("preprocess", "filter", "revise", "pick", "train"):
+            if getattr(type(defense), hook) is not getattr(Defense, hook):
+                raise UserError(
+                    f"no attack is made against {name.strip()}: it acts by `{hook}`, not in the victim's"
+                    " steps"
+                )
+    return built
+
+
 def config(defense: Composed) -> dict[str, dict[str, Any]]:
     """The hyperparameters of each defence by its name, JSON-ready."""
     return {

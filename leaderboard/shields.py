@@ -1,0 +1,175 @@
+"""Defences: what each wins back of each attack, and what it costs where there is none.
+
+A defended record is held against the undefended one of the same poison, seed by seed: with C and P the
+accuracy of clean and of poisoned victims and a prime for the defended ones,
+
+    price = C - C',    won back = (P' - P) / (C - P),
+
+the first with Student's interval, the second with Fieller's. Where an attack takes nothing that can be
+told from nothing there is nothing to win back, and the cell says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from poisonbench import records
+from poisonbench.records import Record, VictimScores
+from poisonbench.statistics import Interval, mean_interval, paired_drop, ratio_interval
+from poisonbench.tracks import TRACKS
+
+from .games import Game, Row, canonical, telling_name
+
+CONTROLS = ("none", "oracle", "random_filter")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack under one defence, by the victims that decide the ranks.
+
+    Attributes:
+        record: of the defended victims.
+        folder: where it lies, relative to the results.
+        attack: the attack, as its undefended row is called.
+        defense: with its options, where two records of a defence differ in them.
+        poisoned: accuracy of defended victims on the poisoned set, in percent.
+        price: accuracy that the defence costs clean victims, in points.
+        won_back: share of the lost accuracy; None where nothing was lost for sure.
+        precision: share of poison among what was dropped; None where nothing was dropped.
+        recall: share of the poison that was dropped; None where nothing is ever dropped.
+        clean_lost: clean images dropped of the poisoned set, on average.
+    """
+
+    record: Record
+    folder: str
+    attack: str
+    defense: str
+    poisoned: Interval
+    price: Interval
+    won_back: Interval | None
+    precision: float | None
+    recall: float | None
+    clean_lost: float | None
+
+
+@dataclass(frozen=True)
+class Siege:
+    """All defended records of one table's attacks.
+
+    Attributes:
+        game: the table of the undefended ones.
+        judge: the recipe of the victims.
+        attacks: names of its rows, in their order, that some defence stood against.
+        defenses: in order: controls, then by name.
+        cells: by attack and defence.
+    """
+
+    game: Game
+    judge: str
+    attacks: list[str]
+    defenses: list[str]
+    cells: dict[tuple[str, str], Cell]
+
+    def shown(self, attack: str, defense: str) -> str:
+        """A cell of the page: accuracy left, and share won back."""
+        cell = self.cells.get((attack, defense))
+        if cell is None:
+            return "–"
+        return f"{cell.poisoned.mean:.2f} ({share(cell.won_back)})"
+
+    def price(self, defense: str) -> Interval:
+        """Its price, which is the same whatever the attack: clean victims never meet one."""
+        return self.of(defense)[0].price
+
+    def of(self, defense: str) -> list[Cell]:
+        """The cells of one defence, in order of attacks."""
+        return [self.cells[a, defense] for a in self.attacks if (a, defense) in self.cells]
+
+    def mean_won_back(self, defense: str) -> float | None:
+        """Over the attacks that took something."""
+        shares = [cell.won_back.mean for cell in self.of(defense) if cell.won_back is not None]
+        return float(np.mean(shares)) if shares else None
+
+
+def share(interval: Interval | None) -> str:
+    """A share in percent with its ends, which need not lie alike."""
+    if interval is None:
+        return "nothing lost"
+    mean, low, high = (round(100 * x) for x in (interval.mean, interval.low, interval.high))
+    return f"{mean} %, {low} to {high}"
+
+
+def sieges(results: Path, games: Sequence[Game]) -> list[Siege]:
+    """One for each table that has defended records, in order of tables."""
+    defended = [
+        (path.parent, record)
+        for path, record in records.find(results)
+        if record.defense != "none" and record.status == "valid"
+    ]
+    found: list[Siege] = []
+    for game in games:
+        if not game.frozen:
+            continue
+        rows = {row.record.poison_hash: row for row in game.ranked}
+        several = [(folder, r) for folder, r in defended if _belongs(r, rows.get(r.poison_hash))]
+        if several:
+            found.append(_siege(game, rows, several, results))
+    return found
+
+
+def _belongs(record: Record, row: Row | None) -> bool:
+    """Whether the undefended record of a row is this one's twin, seed by seed and victim by victim."""
+    if row is None or (record.track, record.hashes) != (row.record.track, row.record.hashes):
+        return False
+    twin = {v.recipe_name: v for v in row.record.victims}
+    return record.track in TRACKS and all(
+        v.recipe_name in twin
+        and (v.seeds, canonical(v.whole_recipe))
+        == (twin[v.recipe_name].seeds, canonical(twin[v.recipe_name].whole_recipe))
+        for v in record.victims
+    )
+
+
+def _siege(game: Game, rows: dict[str, Row], several: list[tuple[Path, Record]], results: Path) -> Siege:
+    judge = game.recipes[0]
+    cells: dict[tuple[str, str], Cell] = {}
+    for folder, record in several:
+        row = rows[record.poison_hash]
+        defense = telling_name(
+            record.defense, record.defense_config,
+            [r.defense_config for _, r in several if r.defense == record.defense],
+        )  # fmt: skip
+        scores = record.victim(judge)
+        if scores is not None:
+            cell = _cell(record, folder.relative_to(results).as_posix(), row, defense, scores, judge)
+            cells[row.name, defense] = cell
+    names = {defense for _, defense in cells}
+    return Siege(
+        game, judge,
+        [row.name for row in game.ranked if any(attack == row.name for attack, _ in cells)],
+        sorted(names, key=lambda name: (name not in CONTROLS, name)), cells,
+    )  # fmt: skip
+
+
+def _cell(record: Record, folder: str, row: Row, defense: str, scores: VictimScores, judge: str) -> Cell:
+    bare = row.scores(judge)
+    lost = np.subtract(bare.clean, bare.poisoned)
+    won = np.subtract(scores.poisoned, bare.poisoned)
+    sure = mean_interval(lost.tolist()).low > 0
+    precision = recall = clean_lost = None
+    if (filtering := scores.filtering) is not None:
+        dropped, poison = sum(filtering.poisoned_run), sum(filtering.poison)
+        precision = poison / dropped if dropped else None
+        number = record.num_poison * len(scores.seeds)
+        recall = poison / number if number else None
+        clean_lost = (dropped - poison) / len(scores.seeds)
+    return Cell(
+        record, folder, row.name, defense, mean_interval(scores.poisoned),
+        paired_drop(bare.clean, scores.clean),
+        ratio_interval(won.tolist(), lost.tolist()) if sure else None,
+        precision, recall, clean_lost,
+    )  # fmt: skip
