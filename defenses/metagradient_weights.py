@@ -24,6 +24,7 @@ Cost: `steps` metagradients, of three to four victim trainings each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -63,6 +64,14 @@ class MetagradientWeights(Defense):
 
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
         """The weights after the last metastep, of mean 1."""
+        learnt = self.learnt(view, key)
+        learnt[learnt < self.step_size / 20] = 0
+        return learnt / max(learnt.mean(), 1e-12)
+
+    def learnt(
+        self, view: View, key: PRNGKeyArray, advance: Callable[[], None] = lambda: None
+    ) -> Float[np.ndarray, " n"]:
+        """The weights as they come out of the last metastep, float64; `advance` is called after each."""
         weights = jnp.ones(len(view.labels))
         for i in range(self.steps):
             run_key, mask_key = jax.random.split(jax.random.fold_in(key, i))
@@ -70,9 +79,8 @@ class MetagradientWeights(Defense):
             size = self.step_size * (1 - 0.9 * i / self.steps)
             mask = jax.random.bernoulli(mask_key, self.share, weights.shape)
             weights = jnp.maximum(0, weights - size * mask * jnp.sign(gradient))
-        learnt = np.asarray(weights, float)
-        learnt[learnt < self.step_size / 20] = 0
-        return learnt / max(learnt.mean(), 1e-12)
+            advance()
+        return np.array(weights, float)
 
 
 @jax.tree_util.register_dataclass

@@ -202,6 +202,40 @@ def transfer(
 
 
 @app.command()
+def select(
+    keep: Annotated[float, typer.Option(help="Share of the training set to keep.")] = 0.8,
+    steps: Annotated[int, typer.Option(min=1, help="Metasteps.")] = 10,
+    track: TrackOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    train_size: TrainSizeOption = None,
+    val_size: ValSizeOption = None,
+    test_size: TestSizeOption = None,
+    resolution: ResolutionOption = None,
+    split_seed: SplitSeedOption = None,
+    set_: SetOption = None,
+    seed: SeedOption = 0,
+    seeds: SeedsOption = None,
+    out: OutOption = Path("runs"),
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Select training images by metagradients, and say what that is worth over a random selection.
+
+    Weights are learnt for one half of the validation images and measured on the other.
+    """
+    from poisonbench import selection
+
+    given = {**locals(), "fraction": None, "labels": None, "radius": None}
+    request = selection.Request(_setting(given), keep, steps, seed, _command())
+    selected, folder = selection.run(request, out, fresh=fresh)
+    if as_json:
+        print(selected.model_dump_json(indent=1))
+    else:
+        selection.show(selected, folder)
+
+
+@app.command()
 def smoothness(
     recipe: Annotated[
         list[str] | None,

@@ -2,8 +2,8 @@
 
 Claims of `poisonbench.leaderboard.shields` tested here:
 
-- a defended record is held against the undefended one of the same poison, data, victims and seeds, seed by
-  seed; one without such a twin, a custom one and one set aside are left out;
+- a defended record is held against the undefended one of the same poison, data, victims and seeds, seed
+  by seed; one without such a twin, a custom one and one set aside are left out;
 - price, share won back, precision, recall and clean images lost are those worked out by hand;
 - where nothing was lost for sure there is nothing to win back;
 - controls come first; two records of a defence are told apart by their options;
@@ -32,7 +32,7 @@ SEEDS = DIGITS.seeds
 def guarded(
     drop: float, price: float, defense: str = "spectral", spread: float = 0.0, **changes: Any
 ) -> Record:
-    """Defended victims that have `price` less than those of `make` and lose `drop` more to the poison."""
+    """Defended victims that score `price` less than those of `make`, and lose `drop` to the poison."""
     record = make("mgd", drop, spread, defense=defense, **changes)
     victims = [
         v.model_copy(

@@ -116,7 +116,7 @@ def test_ranks(intervals: list[Interval], expected: list[int]) -> None:
 
 
 def test_fiellers_interval_by_simulation() -> None:
-    """Of many samples, 95 in 100 intervals hold the true ratio, where Student's for the mean would not do."""
+    """Of many samples, 95 in 100 intervals hold the true ratio."""
     rng = np.random.default_rng(0)
     ratio, held, bounded = 0.4, 0, 0
     for _ in range(2000):
