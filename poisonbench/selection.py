@@ -1,4 +1,4 @@
-"""Data selection by metagradients: which part of a training set to train on, for the sake of some images.
+"""Data selection by metagradients: which part of a training set to train on, for some images' sake.
 
 The weights of `defenses/metagradient_weights.py`, learnt on clean data for one half of the validation
 images; the images that weigh most are kept. What that is worth is measured on the other half, against as
@@ -11,7 +11,7 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import AwareDatetime, Field
@@ -45,9 +45,9 @@ class Selection(Stored):
             that trained on everything, on the selection, and on as many images drawn for each seed.
     """
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     track: Name
-    custom: list[str] = []
+    custom: list[str]
     dataset: DataSpec
     hashes: dict[str, Hash]
     recipe_name: Name
