@@ -4,6 +4,7 @@ Claims tested here, each with a control that fails:
 
 - as its perturbations shrink, the estimate of `es` from one pair is the exact metagradient's
   component along the perturbation, in the same run; in a run of another seed it is not;
+- `--against` takes the gradient of the defended run, which finite differences agree with;
 - the most that an image can take off a classifier's gradient is Lambert's function of the paper's
   argument, and no image does better; with too few poisons for that bound, cancelling fails;
 - `gradcancel` cancels more of the gradient than the images it starts from do, and what it states as
@@ -30,11 +31,13 @@ from poisonbench import attacks, flips
 from poisonbench.ascent import Problem
 from poisonbench.attacks import Task, es, gradcancel, tgda
 from poisonbench.data import DataSpec, load
+from poisonbench.errors import UserError
 from poisonbench.journal import Journal
 from poisonbench.metagradient import metagradient
 from poisonbench.threat import Budget
 from poisonbench.tracks import DIGITS
 from poisonbench.trained import TrainedVictim
+from poisonbench.victim.evaluation import train
 from poisonbench.victim.training import TrainingRun
 
 KEY = jax.random.key(5)
@@ -64,6 +67,39 @@ def test_a_pair_measures_the_metagradient_along_its_perturbation(task: Task) -> 
     same, other = (along(jax.random.split(key, 1)[0]) for key in (run_key, noise_key))
     assert measured == pytest.approx(same, rel=0.02)
     assert measured != pytest.approx(other, rel=0.2)
+
+
+def test_an_adaptive_attack_goes_through_the_defence(task: Task) -> None:
+    """Its gradient is that of the defended run, and of no other."""
+    chosen = flips.chosen_at_random(task, KEY)
+    z = jnp.asarray(task.train_images[chosen.indices], jnp.float32) / 255
+
+    def found(against: str, labels: np.ndarray = chosen.labels) -> Any:
+        attack: Any = attacks.build("mgd", [("against", against)] if against else [])
+        problem = Problem.of(task, chosen.indices, labels, "cross_entropy", attack.guard())
+        return attack.gradient(problem, z, KEY, ""), problem
+
+    (value, gradient), problem = found("mixup")
+    direction = jax.random.normal(KEY, z.shape)
+
+    def loss(z: Any) -> float:
+        run, state = problem.start(jax.random.split(KEY, 1))
+        return float(problem.loss(train(run, state, z)))
+
+    assert value == pytest.approx(loss(z), rel=1e-5)
+    h = 1e-3
+    slope = (loss(z + h * direction) - loss(z - h * direction)) / (2 * h)
+    assert float(jnp.vdot(gradient, direction)) == pytest.approx(slope, rel=0.05)
+    (bare, other), _ = found("")
+    assert bare != pytest.approx(value, rel=1e-3)
+    assert float(jnp.vdot(other, direction)) != pytest.approx(slope, rel=0.05)
+
+
+def test_no_attack_is_made_against_what_it_cannot_go_through() -> None:
+    with pytest.raises(UserError, match="against spectral: it acts by `filter`"):
+        attacks.build("mgd", [("against", "mixup,spectral")])
+    with pytest.raises(UserError, match="did you mean mixup"):
+        attacks.build("es", [("against", "mixpu")])
 
 
 @pytest.mark.parametrize(("classes", "most"), [(2, 0.2785), (10, 1.101)])
