@@ -1,8 +1,8 @@
 """Frozen presets: data, budget, victims and seeds, each with its cost and expected result.
 
-Numbers are comparable only within a track and a game (fraction, labels, pixels). `--labels`,
-`--fraction` and `--radius` choose the game; anything else that is overridden makes a record custom,
-and custom records are never ranked with the track's own.
+Numbers are comparable only within a track and a game (fraction, labels, pixels, mode). `--labels`,
+`--fraction`, `--radius` and `--mode` choose the game; anything else that is overridden makes a record
+custom, and custom records are never ranked with the track's own.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ GAMES = [
 TINY = DIGITS.recipes["smooth"].replace(width=2, epochs=1, batch_size=20)
 CHEAP = {
     "steps": "3", "check_every": "2", "check_seeds": "2", "start_seeds": "2", "trial_seeds": "2",
-    "candidates": "2", "rounds": "3", "follower_steps": "2",
+    "candidates": "2", "rounds": "3", "follower_steps": "2", "train_steps": "1",
 }  # fmt: skip
 """Values for options of these names, wherever an attack has one, so that the suite is quick."""
 ENOUGH = CHEAP | {

@@ -86,6 +86,14 @@ def train(run: TrainingRun, state: TrainState, z: Array | Poison) -> TrainState:
 
 
 @jax.jit
+def train_some(
+    run: TrainingRun, state: TrainState, z: Array | Poison, first: Array, last: Array
+) -> TrainState:
+    """The steps of a run from `first` up to `last`: the state of each seed after them."""
+    return jax.lax.fori_loop(first, last, lambda t, s: run(s, t, z), state)
+
+
+@jax.jit
 def _train_and_score(run: TrainingRun, state: TrainState, images: Array, labels: Array) -> Array:
     """How many images each victim gets right after each epoch, `[seeds, epochs]`, int32."""
     per_epoch = run.num_steps // run.recipe.epochs
