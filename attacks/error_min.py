@@ -21,6 +21,7 @@ What is left open, and how it is settled here:
   noise made against young victims carries better (200 digits within 80/255, a run of 64 steps: expected
   error 0.73 after turns of four, 0.57 after turns of ten, 0.40 on clean images).
 - *Batch norm* normalises by tracked statistics while pixels move.
+- *Augmentation* is that of the victim's recipe in training; pixels move against images as they are.
 - *A part of the set.* Under a fraction below 1, the victim trains on all images and the poisoned ones,
   drawn at random, are perturbed.
 
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from poisonbench.ascent import require_at_least_one
 from poisonbench.attacks import Attack, Task
@@ -44,7 +45,8 @@ from poisonbench.journal import Journal, pack, unpack
 from poisonbench.perturb import descended, radius, require_radius
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.trained import TrainedVictim
-from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState
+from poisonbench.victim.evaluation import train_some
+from poisonbench.victim.training import TrainingRun, TrainingSet
 
 LEARNT = 0.01
 """Share of errors on the poison below which nothing is left to do."""
@@ -82,13 +84,14 @@ class ErrorMin(Attack):
         data = clean.with_poison(indices, labels, add=task.budget.mode == "add")
         run, state = TrainingRun.start(task.recipe, data, run_key[None])
         arrays = journal.restore()
-        z, done = task.train_images[indices] / np.float32(255), 0
+        z, done, error = task.train_images[indices] / np.float32(255), 0, 1.0
         if arrays is not None:
-            state, z, done = unpack(arrays, "victim", state), arrays["z"], int(arrays["done"])
+            state, z = unpack(arrays, "victim", state), arrays["z"]
+            done, error = int(arrays["done"]), float(arrays["error"])
         with journal.progress("crafting error_min", run.num_steps, done) as bar:
-            while done < run.num_steps:
+            while done < run.num_steps and error >= LEARNT:
                 steps = min(self.train_steps, run.num_steps - done)
-                state = _trained_on(run, state, jnp.asarray(z), jnp.int32(done), jnp.int32(done + steps))
+                state = train_some(run, state, jnp.asarray(z), jnp.int32(done), jnp.int32(done + steps))
                 victim = TrainedVictim(
                     task.recipe, task.num_classes, "all", jax.tree.map(lambda x: x[0], state)
                 )
@@ -98,17 +101,7 @@ class ErrorMin(Attack):
                 )  # fmt: skip
                 done += steps
                 error = float(np.mean(victim.classes(z) != labels))
-                row = {"metastep": done, "error": error}
-                journal.save({"z": z, "done": np.array(done), **pack(state, "victim")}, row)
+                arrays = {"z": z, "done": np.array(done), "error": np.array(error)}
+                journal.save(arrays | pack(state, "victim"), {"metastep": done, "error": error})
                 bar.advance(steps, f"error {error:.1%}")
-                if error < LEARNT:
-                    break
         return task.poison(indices, np.rint(z * 255).astype(np.uint8), labels)
-
-
-@jax.jit
-def _trained_on(
-    run: TrainingRun, state: TrainState, z: Float[Array, "p h w c"], first: Array, last: Array
-) -> TrainState:
-    """The state after the steps from `first` up to `last`."""
-    return jax.lax.fori_loop(first, last, lambda t, s: run(s, t, z), state)

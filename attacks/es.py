@@ -29,7 +29,7 @@ times as long as those of `mgd`): 0.37 ± 0.12 points lost from random images, 0
 of concentrated flips; held-out loss fell from the copies on, so what is kept is the start.
 
 Cost: `steps × 2 × pairs` victim trainings, and `check_seeds` at every check. A metastep of two pairs
-costs what a metagradient does.
+is four trainings, where a metagradient costs three to four.
 """
 
 from __future__ import annotations

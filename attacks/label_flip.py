@@ -1,4 +1,4 @@
-"""Label flips: wrong labels on untouched images, at random, confident, or concentrated on a class pair.
+"""Label flips: wrong labels on whole images, at random, confident, or concentrated on a class pair.
 
 Random flips are the usual control and nearly harmless at small budgets. Confident ones give the
 images that clean victims are surest of the labels that they find least likely. The same number of
@@ -6,7 +6,7 @@ flips, all from one class to its nearest neighbour, moves the boundary between t
 attack to beat wherever labels are free. (Flips ranked by metagradients are `mgd --steps 0`.)
 
 Where labels are fixed and pixels are not, copies of the images take places of the classes that the wrong
-labels name: the same wrong pairs, but the originals stay.
+labels name: the same wrong pairs, but most originals stay.
 
 Cost: random, none; confident, `trial_seeds` victim trainings; concentrated,
 `(candidates + 1) × trial_seeds`.
@@ -40,7 +40,7 @@ from poisonbench.threat import Budget, PoisonSet
 
 @dataclass(frozen=True)
 class LabelFlip(Attack):
-    """Change labels only.
+    """Wrong pairs of image and label, and nothing else.
 
     Attributes:
         spread: `random` images and labels; the most `confident` images under their least likely
@@ -71,7 +71,7 @@ class LabelFlip(Attack):
         require_flips(budget, "label_flip")
 
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
-        """The original pixels under wrong labels."""
+        """Images of the set under wrong labels."""
         if self.spread == "random":
             flips = random_flips(task, key)
         elif self.spread == "confident":

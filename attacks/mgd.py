@@ -50,6 +50,7 @@ from poisonbench.flips import Flips, highest, placed
 from poisonbench.journal import Journal
 from poisonbench.metagradient import NonFiniteError, metagradient
 from poisonbench.threat import Box, PoisonSet
+from poisonbench.victim.evaluation import train_some
 from poisonbench.victim.training import Poison, TrainingRun, TrainState
 
 Step = Callable[[TrainState, Array, Array], TrainState]
@@ -63,8 +64,9 @@ class MGD(Ascent):
         runs_per_step: metagradients averaged in a metastep, each of a run of its own randomness.
         differentiated: share of the run, from its end back, that the gradient goes through. What earlier
             steps owe to the poison is left out; at 1 nothing is, and the gradient is exact.
-        start: `influence` ranks images by metagradients, labels too where those are free, over
-            `start_seeds` runs; `random` or `flips` otherwise.
+        start: `influence` takes the wrong pairs of image and label that metagradients of `start_seeds`
+            runs rank highest, or within a radius and under fixed labels the highest images; `random` or
+            `flips` otherwise.
     """
 
     runs_per_step: int = 1
@@ -92,7 +94,7 @@ class MGD(Ascent):
             run, state = problem.start(one_key[None])
             first = run.num_steps - max(1, round(self.differentiated * run.num_steps))
             if first:
-                state = _trained(run, state, z, jnp.int32(first))
+                state = train_some(run, state, z, jnp.int32(0), jnp.int32(first))
             later = _Later(run, jnp.int32(first))
             one_value, one_gradient = _metagradient(
                 problem, later, state, run.num_steps - first, z, when
@@ -128,15 +130,24 @@ class MGD(Ascent):
 def _best_pairs(
     gains: Float[np.ndarray, "n classes"], count: int, room: Shaped[np.ndarray, " classes"]
 ) -> Flips:
-    """The pairs of image and class that gain most, an image once, a class as often as it has room."""
+    """The pairs of image and class that gain most, an image once, a class as often as it has room.
+
+    Raises:
+        UserError: there is not so much room for wrong pairs; right ones gain minus infinity.
+    """
     room, chosen = np.array(room, float), dict[int, int]()
     for pair in np.argsort(-gains, axis=None, kind="stable"):
         image, label = divmod(int(pair), gains.shape[1])
+        if len(chosen) == count or np.isneginf(gains[image, label]):
+            break
         if image not in chosen and room[label] > 0:
             chosen[image] = label
             room[label] -= 1
-        if len(chosen) == count:
-            break
+    if len(chosen) < count:
+        raise UserError(
+            f"there is room for {len(chosen)} wrong pairs of image and label, and not for {count}: lower"
+            " --fraction, or give --labels free"
+        )
     images = sorted(chosen)
     return Flips(np.array(images, np.int64), np.array([chosen[i] for i in images], np.int32))
 
@@ -163,12 +174,6 @@ class _ByTargets:
 
     def __call__(self, state: TrainState, t: Array, targets: Array) -> TrainState:
         return self.run(state, t, Poison(self.pixels, targets))
-
-
-@jax.jit
-def _trained(run: TrainingRun, state: TrainState, z: Array, steps: Array) -> TrainState:
-    """The state after so many steps."""
-    return jax.lax.fori_loop(0, steps, lambda t, s: run(s, t, z), state)
 
 
 def _summed(

@@ -38,9 +38,6 @@ from poisonbench.perturb import descended, radius, require_radius
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.trained import TrainedVictim
 
-PART = 25
-"""Steps between two checkpoints."""
-
 
 @dataclass(frozen=True)
 class TAP(Attack):
@@ -49,15 +46,17 @@ class TAP(Attack):
     Attributes:
         steps: on the pixels.
         step_size: of each, as a share of the radius.
+        check_every: steps between two checkpoints.
         shift: an image of class y is made to look like class y + shift, modulo their number.
     """
 
     steps: int = 250
     step_size: float = 0.1
+    check_every: int = 25
     shift: int = 1
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, "steps", "shift")
+        require_at_least_one(self, "steps", "check_every", "shift")
         if not self.step_size > 0:
             raise UserError("--step-size must be above 0")
 
@@ -79,7 +78,7 @@ class TAP(Attack):
         with journal.progress("crafting tap", self.steps, done) as bar:
             victim = TrainedVictim.on_clean(task, clean_key)
             while done < self.steps:
-                steps = min(PART, self.steps - done)
+                steps = min(self.check_every, self.steps - done)
                 z = descended(
                     victim, z, targets, task.bounds(indices), jax.random.fold_in(step_key, done),
                     steps=steps, size=self.step_size * radius(task), augmented=True,

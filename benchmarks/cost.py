@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks.operations import multiply_adds
 from poisonbench import attacks, tracks
 from poisonbench.data import DataSpec
+from poisonbench.errors import UserError
 from poisonbench.metagradient.programs import split
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState
@@ -90,16 +91,21 @@ def size(spec: DataSpec) -> tuple[int, tuple[int, int, int]]:
 
 def main(
     track: Annotated[str, typer.Option(help="Preset to count for.")] = "cifar10",
-    rate: Annotated[float, typer.Option(help="Floating-point operations per second, in 10¹².")] = 30.0,
+    rate: Annotated[
+        float, typer.Option(min=1e-6, help="Floating-point operations per second, in 10¹².")
+    ] = 30.0,
 ) -> None:
     """Print what the victims and the mgd preset of a track cost."""
-    preset = tracks.load(track)
+    try:
+        preset = tracks.load(track)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from None
     images, shape = size(preset.dataset)
     poisons = preset.budget.count(images)
     costs = {name: cost(recipe, images, shape, poisons) for name, recipe in preset.recipes.items()}
     surrogate = costs[preset.surrogate]
     mgd: Any = attacks.build("mgd", list(preset.attack_options.get("mgd", {}).items()))
-    checks = (mgd.steps // mgd.check_every + 1) * mgd.check_seeds
+    checks = mgd.checks * mgd.check_seeds
     gradients = mgd.steps * mgd.runs_per_step + mgd.start_seeds
     rows = {
         **{f"one training, {name}": c.training for name, c in costs.items()},

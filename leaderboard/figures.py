@@ -7,6 +7,7 @@ pixels: each file carries a digest of the numbers in it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from poisonbench._files import replacing
-from poisonbench.records import Record
+from poisonbench.errors import UserError
 
-from .games import Game, Row, canonical
+from .games import Game, Row, by_fraction, canonical, lines
 from .shields import Cell, Siege
 
 FOLDER = "figures"
@@ -112,17 +113,26 @@ def _drop(row: Row, recipe: str) -> dict[str, float]:
 
 
 def _curve(row: Row, results: Path) -> list[list[float]] | None:
-    """Held-out loss against trainings spent, as if all metasteps had cost the same."""
+    """Held-out loss against trainings spent, of an ascent: a log that begins with its start.
+
+    As if all metasteps had cost the same, and the start nothing.
+
+    Raises:
+        UserError: the log beside the record cannot be read.
+    """
     path = results / row.folder / "crafting.csv"
-    if not path.is_file() or not row.trainings:
+    if not path.is_file() or not row.trainings or row.record.attack_config.get("goal") == "error":
         return None
-    log = pd.read_csv(path)
-    if not {"metastep", "held_out_loss"} <= set(log.columns):
+    try:
+        log = pd.read_csv(path)
+        if not {"metastep", "held_out_loss"} <= set(log.columns):
+            return None
+        checked = log.dropna(subset=["held_out_loss"]).astype(float)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if len(checked) < ENOUGH or checked["metastep"].iloc[0] != 0:
         return None
-    checked = log.dropna(subset=["held_out_loss"])
-    if len(checked) < ENOUGH:
-        return None
-    last = max(1, int(log["metastep"].max()))
+    last = max(1.0, float(log["metastep"].max()))
     return [
         [round(row.trainings * step / last, 1), round(float(loss), 5)]
         for step, loss in zip(checked["metastep"], checked["held_out_loss"], strict=True)
@@ -131,47 +141,21 @@ def _curve(row: Row, results: Path) -> list[list[float]] | None:
 
 def _fractions(games: list[Game]) -> dict[str, dict[str, Any]]:
     """Drop against fraction, for tables that differ in nothing else; by the name of the figure."""
-    alike: dict[str, list[Game]] = {}
-    for game in games:
-        if game.frozen and game.ranked:
-            first = game.ranked[0].record
-            budget = first.budget.model_dump(exclude={"fraction"})
-            alike.setdefault(canonical([game.track, budget, first.defense]), []).append(game)
     found: dict[str, dict[str, Any]] = {}
-    for group in alike.values():
-        if len({game.ranked[0].record.budget.fraction for game in group}) < 2:
-            continue
-        lines: dict[str, list[tuple[float, Row]]] = {}
-        for game in group:
-            for row in game.ranked:
-                lines.setdefault(_family(row.record), []).append((row.record.budget.fraction, row))
+    for group in by_fraction(game for game in games if game.frozen):
         judge = group[0].recipes[0]
         drawn = [
             {
-                "name": _plain(line[0][1]),
-                "points": [
-                    {"fraction": fraction, **_drop(row, judge)}
-                    for fraction, row in sorted(line, key=lambda point: point[0])
-                ],
+                "name": name,
+                "points": [{"fraction": fraction, **_drop(row, judge)} for fraction, row in line],
             }
-            for _, line in sorted(lines.items())
-            if len(line) > 1
+            for name, line in lines(group)
         ]
         if drawn:
             title = group[0].title.rpartition(",")[0]
-            slug = f"{group[0].slug.rpartition('-pixels')[0]}-by-fraction"
+            slug = re.sub(r"-[0-9.e-]+-of-the-set.*", "-by-fraction", group[0].slug)
             found[slug] = {"title": title, "victims": judge, "track": group[0].track, "lines": drawn}
     return found
-
-
-def _family(record: Record) -> str:
-    """What two records of one line share: the attack, whole."""
-    return canonical([record.attack, record.attack_config, record.attack_seed])
-
-
-def _plain(row: Row) -> str:
-    spread = row.record.attack_config.get("spread")
-    return f"{row.record.attack} ({spread})" if spread else row.record.attack
 
 
 def _draw_costs(numbers: dict[str, Any]) -> Figure:
@@ -197,7 +181,7 @@ def _draw_costs(numbers: dict[str, Any]) -> Figure:
     panels[0].set_ylabel(f"points lost, {numbers['victims']} victims")
     if curves:
         for curve in curves:
-            color, marker = looks[curve["name"]]
+            color, marker = looks.get(curve["name"], ("0.6", "o"))
             panels[1].plot(
                 *zip(*curve["points"], strict=True), color=color, marker=marker, label=curve["name"]
             )

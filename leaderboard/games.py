@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ class Row:
         control: which of the controls that every table should have it is, if any. A poison that
             was handed in is none, whatever it is called.
         transfer: scores on the track's transfer victims, by name, as far as they were measured.
+        trainings: crafting time in trainings of one victim, as long as these took in the median of the
+            table's records; None where it was not measured.
         rank: its place, from 1; None where the record is set aside.
         tied: another row has the same rank.
     """
@@ -47,6 +50,7 @@ class Row:
     name: str
     control: str | None
     transfer: Mapping[str, VictimScores]
+    trainings: float | None = None
     rank: int | None = None
     tied: bool = False
 
@@ -71,15 +75,6 @@ class Row:
         """Crafting time."""
         seconds = self.record.crafting_seconds
         return "–" if seconds is None else f"{seconds:,.0f} s"
-
-    @property
-    def trainings(self) -> float | None:
-        """Crafting time in trainings of one victim, on the average over the record's own victims."""
-        seconds = self.record.crafting_seconds
-        trained = 2 * sum(len(victim.seeds) for victim in self.record.victims)
-        if seconds is None or not self.record.evaluation_seconds:
-            return None
-        return seconds / self.record.evaluation_seconds * trained
 
     @property
     def date(self) -> str:
@@ -144,13 +139,14 @@ def read(results: Path) -> list[Game]:
     )
 
 
-def _key(record: Record) -> str:
-    """All that two records must share to be compared, as canonical text."""
+def _key(record: Record, *, any_fraction: bool = False) -> str:
+    """All that two records must share to be compared, as canonical text; or all but the fraction."""
+    budget = record.budget.model_dump(exclude={"fraction"} if any_fraction else None)
     victims = sorted(canonical([v.recipe_name, v.whole_recipe, v.seeds]) for v in record.victims)
     return canonical(
         [
             record.track, sorted(record.custom), record.dataset.model_dump(), record.hashes,
-            record.num_train, record.budget.model_dump(), record.surrogate, victims,
+            record.num_train, budget, record.surrogate, victims,
         ]
     )  # fmt: skip
 
@@ -204,7 +200,7 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
             transfer=_transfer(folder, record),
         )
         (ranked if record.status == "valid" else set_aside).append(row)
-    ranked = _with_ranks(ranked, recipes[0])
+    ranked = _with_ranks(_with_costs(ranked), recipes[0])
     there = {row.control for row in ranked}
     track = TRACKS.get(first.track)
     others = track.transfer if track else ()
@@ -219,25 +215,18 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
 
 def _transfer(folder: Path, record: Record) -> dict[str, VictimScores]:
     """Scores on transfer victims, where they are of this poison and of the track as it is now."""
-    track, path = TRACKS.get(record.track), folder / transfer.FILE
-    if track is None or not path.is_file():
+    path = folder / transfer.FILE
+    if not path.is_file():
         return {}
     measured = transfer.Transfer.load(path)
-    if measured.poison_hash != record.poison_hash:
-        return {}
-    now = {name: canonical(recipe.as_dict()) for name, recipe in track.transfer.items()}
-    return {
-        v.recipe_name: v
-        for v in measured.victims
-        if now.get(v.recipe_name) == canonical(v.whole_recipe) and v.seeds == record.victims[0].seeds
-    }
+    return {v.recipe_name: v for v in measured.victims} if measured.is_of(record) else {}
 
 
 def _telling_options(group: list[Record]) -> dict[str, set[str]]:
     """For every attack in a table, the options that its records do not share."""
     options: dict[str, list[dict[str, Any]]] = {}
     for record in group:
-        if _crafted(record):
+        if crafted(record):
             options.setdefault(record.attack, []).append(_options(record))
     # How a label flip is spread makes two attacks of it, so it is said of a lone one too.
     telling = {attack: {"spread"} if attack == "label_flip" else set[str]() for attack in options}
@@ -253,13 +242,13 @@ def _options(record: Record) -> dict[str, Any]:
     return {**record.attack_config, "attack_seed": record.attack_seed}
 
 
-def _crafted(record: Record) -> bool:
+def crafted(record: Record) -> bool:
     """Whether the poison was made by the named attack here, not handed in under that name."""
     return record.crafting_seconds is not None
 
 
 def _name(record: Record, telling: Iterable[str]) -> str:
-    if not _crafted(record):
+    if not crafted(record):
         return f"{record.attack} (from a file)"
     told = [
         f"{name}={value if isinstance(value, str) else canonical(value)}"
@@ -289,6 +278,21 @@ def _flattened(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _with_costs(rows: list[Row]) -> list[Row]:
+    """Crafting times in one unit: machines are busy at times, and one record's victims may be slow."""
+    each = [
+        row.record.evaluation_seconds / (2 * sum(len(victim.seeds) for victim in row.record.victims))
+        for row in rows
+    ]
+    unit = statistics.median(each) if each else 0.0
+    return [
+        replace(row, trainings=row.record.crafting_seconds / unit)
+        if unit and row.record.crafting_seconds is not None
+        else row
+        for row in rows
+    ]
+
+
 def _with_ranks(rows: list[Row], recipe: str) -> list[Row]:
     """Valid rows in order of rank, then of drop, name and folder."""
     drops = [row.scores(recipe).drop for row in rows]
@@ -299,6 +303,32 @@ def _with_ranks(rows: list[Row], recipe: str) -> list[Row]:
         key=lambda i: (places[i], -round(drops[i].mean, 6), rows[i].name, rows[i].folder),
     )
     return [replace(rows[i], rank=places[i], tied=places.count(places[i]) > 1) for i in order]
+
+
+def by_fraction(games: Iterable[Game]) -> list[list[Game]]:
+    """Tables that differ in nothing but the fraction, together; those that stand alone are left out."""
+    alike: dict[str, list[Game]] = {}
+    for game in games:
+        if game.ranked:
+            alike.setdefault(_key(game.ranked[0].record, any_fraction=True), []).append(game)
+    return [group for group in alike.values() if len(group) > 1]
+
+
+def lines(group: Iterable[Game]) -> list[tuple[str, list[tuple[float, Row]]]]:
+    """Attacks that were crafted at two fractions or more: a name, and rows by fraction.
+
+    What was handed in as a file is left out: nobody can say that two such poisons are of one attack.
+    """
+    rows = [row for game in group for row in game.ranked if crafted(row.record)]
+    telling = _telling_options([row.record for row in rows])
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(_name(row.record, telling[row.record.attack]), []).append(row)
+    by_name = {
+        name: sorted(((row.record.budget.fraction, row) for row in line), key=lambda point: point[0])
+        for name, line in found.items()
+    }
+    return [(n, line) for n, line in sorted(by_name.items()) if len({f for f, _ in line}) > 1]
 
 
 def canonical(value: object) -> str:

@@ -203,6 +203,11 @@ class Ascent(Attack):
             UserError: either is not finite.
         """
 
+    @property
+    def checks(self) -> int:
+        """How often a poison is checked on held-out seeds: at the start, every so often, at the end."""
+        return 1 + -(-self.steps // self.check_every)
+
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """Climb from the start; the best checked poison, rounded to 8 bits, is the result."""
         start_key, step_key, check_key = jax.random.split(key, 3)

@@ -159,6 +159,7 @@ def transfer(
     ],
     data_dir: DataDirOption = None,
     out: OutOption = Path("runs"),
+    fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Retrain other victims on a run's poison: wider, narrower, by AdamW, and a plain network.
@@ -168,7 +169,7 @@ def transfer(
     from poisonbench import report
     from poisonbench import transfer as transfers
 
-    measured = transfers.measure(folder, data_dir, out, _command())
+    measured = transfers.measure(folder, data_dir, out, _command(), fresh=fresh)
     if as_json:
         print(measured.model_dump_json(indent=1))
     else:

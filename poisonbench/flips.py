@@ -1,11 +1,11 @@
-"""Label flips: the strongest attacks that draw nothing of their own, used as control and as a start.
+"""Label flips: attacks that draw nothing of their own, used as controls and as a start.
 
 Flips spread over all classes hardly hurt. The same number concentrated on one class and given one
 neighbour's label moves the boundary between the two, and costs many times the accuracy.
 
 Where labels are fixed and pixels are free, the same wrong pairs of image and label can be had: a copy of
-the image takes the place of one that bears the label. The victim still sees the original under its
-right label, which the flip would have taken away.
+the image takes the place of one that bears the label. The victim mostly still sees the original under
+its right label, which the flip would have taken away.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def placed(
     """The poison in which these images bear these labels.
 
     Args:
-        task: what the attacker knows. Under free labels the images' own labels are changed; under
-            fixed ones, copies of the images take places of the labels' classes.
+        task: what the attacker knows. Under free labels the images bear the wrong labels themselves,
+            or stand again beside the set where poison is added; under fixed ones, copies of the images
+            take places of the labels' classes, which may be those of other images of the flips.
         flips: which images, and which labels.
         key: draws the places, where they are drawn.
         worth: what losing each training image costs the victim; those that cost most give their
@@ -154,24 +155,26 @@ def best_concentrated_flips(
         seeds: victims to train for each.
     """
     victims = jax.random.split(jax.random.fold_in(key, 0), seeds)
-    pairs = _nearest_pairs(task, victims)[:candidates]
+    pairs = [pair for pair in _nearest_pairs(task, victims) if _has_room(task, *pair)][:candidates]
+    if not pairs:
+        raise UserError("no class has as many images as the budget changes: lower --fraction")
     best: tuple[float, Flips] | None = None
     with journal.progress("searching flips", len(pairs)) as bar:
         for source, target in pairs:
-            if np.sum(task.train_labels == source) < task.num_poison:
-                continue
             flips = concentrated_flips(task, source, target, jax.random.fold_in(key, 1))
-            try:
-                poison = placed(task, flips, jax.random.fold_in(key, 2))
-            except UserError:
-                continue
-            damage = _validation_error(task, poison, victims)
+            damage = _validation_error(task, placed(task, flips, jax.random.fold_in(key, 2)), victims)
             if best is None or damage > best[0]:
                 best = damage, flips
             bar.advance(note=f"{task.class_names[source]} → {task.class_names[target]}")
-    if best is None:
-        raise UserError("no class has as many images as the budget changes: lower --fraction")
+    assert best is not None
     return best[1]
+
+
+def _has_room(task: Task, source: int, target: int) -> bool:
+    """Whether the source has images enough and, where copies take places, the target places enough."""
+    sizes = np.bincount(task.train_labels, minlength=task.num_classes)
+    needed = [source] if task.budget.labels == "free" else [source, target]
+    return bool((sizes[needed] >= task.num_poison).all())
 
 
 def _choose(rows: np.ndarray, count: int, key: PRNGKeyArray) -> np.ndarray:

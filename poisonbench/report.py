@@ -17,8 +17,7 @@ def show(record: Record, folder: Path) -> None:
     """Print the record's table and the paths of its files."""
     console = Console(highlight=False)
     what = f"{record.num_poison} of {record.num_train} training images"
-    game = f"{record.budget.labels} labels, {record.budget.pixels}"
-    show_victims(record.victims, f"{record.attack} on {record.track}: {what}, {game}")
+    show_victims(record.victims, f"{record.attack} on {record.track}: {what}; {record.budget.game()}")
     if record.custom:
         console.print(f"custom, not ranked with the track: {escape(', '.join(record.custom))}")
     for path in sorted(folder.glob("*")):

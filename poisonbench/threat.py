@@ -54,11 +54,12 @@ class Budget(BaseModel):
 
     Attributes:
         fraction: share of the whole training set that may be poisoned, in (0, 1), rounded down
-            to whole images; 1 where pixels stay within a radius, or nothing of the data would be
-            left. The set is the victim's as it would be without the attack, in both
-            modes.
+            to whole images; 1 where pixels stay within a radius. The set is the victim's as it
+            would be without the attack, in both modes.
         mode: `replace` puts poison in the place of clean images; `add` puts it beside them, each
             bound to a clean image that it departs from: its label and its radius are that one's.
+            The set is longer then, so a poisoned victim and its clean twin share initialisation
+            and seeds but no order of images, and may differ by some steps.
         pixels: which pixel values a poisoned image may have.
         labels: `fixed` keeps each image's label; `free` allows any class.
     """
@@ -71,7 +72,7 @@ class Budget(BaseModel):
 
     @model_validator(mode="after")
     def _leaves_data(self) -> Budget:
-        if self.fraction == 1 and isinstance(self.pixels, Box):
+        if self.fraction == 1 and isinstance(self.pixels, Box) and self.mode == "replace":
             raise ValueError("a fraction of 1 needs a radius")
         return self
 
@@ -104,7 +105,7 @@ def make_budget(
     Raises:
         UserError: a value out of its range.
     """
-    if not 0 < fraction < 1 and not (fraction == 1 and radius is not None):
+    if not 0 < fraction < 1 and not (fraction == 1 and (radius is not None or mode == "add")):
         raise UserError(
             f"--fraction must lie strictly between 0 and 1 (1 itself with --radius), not {fraction:g}"
         )

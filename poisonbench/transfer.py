@@ -43,8 +43,20 @@ class Transfer(Stored):
     libraries: dict[str, str]
     hardware: Hardware
 
+    def is_of(self, record: Record) -> bool:
+        """Whether these are the scores that would be measured of this record's poison today."""
+        track = TRACKS.get(record.track)
+        if track is None or self.poison_hash != record.poison_hash:
+            return False
+        now = {name: recipe.as_dict() for name, recipe in track.transfer.items()}
+        return {v.recipe_name: v.whole_recipe for v in self.victims} == now and all(
+            v.seeds == record.victims[0].seeds for v in self.victims
+        )
 
-def measure(folder: Path, data_dir: str | None, out: Path, command: str) -> Transfer:
+
+def measure(
+    folder: Path, data_dir: str | None, out: Path, command: str, *, fresh: bool = False
+) -> Transfer:
     """Train the transfer victims of a finished run's track, and write `transfer.json` beside its record.
 
     Args:
@@ -52,6 +64,7 @@ def measure(folder: Path, data_dir: str | None, out: Path, command: str) -> Tran
         data_dir: where TFDS sets lie on this machine.
         out: folder for runs, where finished groups of victims are kept.
         command: what the user typed.
+        fresh: measure again what is there.
 
     Raises:
         UserError: there is no finished run, its track is gone, or its poison or its data are not
@@ -61,7 +74,7 @@ def measure(folder: Path, data_dir: str | None, out: Path, command: str) -> Tran
     if poison.hash != record.poison_hash:
         raise UserError(f"{folder} holds another poison than its record scored: run it again")
     path = folder / FILE
-    if path.exists() and (stored := Transfer.load(path)).poison_hash == poison.hash:
+    if path.exists() and not fresh and (stored := Transfer.load(path)).is_of(record):
         return stored
     track = TRACKS.get(record.track)
     if track is None:
@@ -73,7 +86,7 @@ def measure(folder: Path, data_dir: str | None, out: Path, command: str) -> Tran
         raise UserError(f"the data are not those that {folder} was measured on: name their --data-dir")
     seeds = record.victims[0].seeds
     kept = out / track.name / "victims"
-    done = harness.evaluate(dataset, poison, dict(track.transfer), seeds, kept)
+    done = harness.evaluate(dataset, poison, dict(track.transfer), seeds, kept, reuse=not fresh)
     transfer = Transfer(
         poison_hash=poison.hash, victims=done.victims, evaluation_seconds=round(done.seconds, 1),
         created=records.now(), command=command, code=records.code_version(),

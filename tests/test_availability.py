@@ -5,6 +5,7 @@ Claims tested here, each with a control that fails:
 - a descent lowers the victim's loss, within the bounds, whatever the size of its chunks;
 - images of `error_min` lose less than the clean ones, and than ones with random signs, to a victim that
   trains on them;
+- killed after the turn that made them easy enough, it takes no further one;
 - images of `tap` are mistaken for their target class by the clean victim, the clean ones are not;
 - a linear classifier reads the class from the perturbation of `lsp` on images it has not seen, and from
   random perturbations it cannot; blocks have one colour, the largest at the radius;
@@ -18,6 +19,7 @@ The problem: 200 digits of 8×8 within 80/255, a ResNet-9 of width 4, eight epoc
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +29,10 @@ from sklearn.linear_model import LogisticRegression
 
 from poisonbench import attacks, perturb
 from poisonbench.ascent import Problem
-from poisonbench.attacks import Task
+from poisonbench.attacks import Task, error_min
 from poisonbench.data import DataSpec, load
 from poisonbench.errors import UserError
-from poisonbench.journal import Journal
+from poisonbench.journal import Journal, LogRow
 from poisonbench.threat import Budget, LInf, PoisonSet
 from poisonbench.tracks import DIGITS
 from poisonbench.trained import TrainedVictim
@@ -99,6 +101,24 @@ def test_error_minimising_noise_is_easy() -> None:
     assert easy < loss(victim, task.train_images, labels) - 0.2
     assert easy < loss(control, randomly_signed(), labels) - 0.2
     assert journal.rows[-1]["error"] < 0.05
+
+
+def test_killed_after_its_last_turn_it_ends_where_it_would_have(tmp_path: Path) -> None:
+    """The turn that reached the goal is the last, whether or not the process lived to say so."""
+    whole, journal = crafted("error_min")
+    assert journal.rows[-1]["error"] < error_min.LEARNT
+    assert journal.rows[-1]["metastep"] < problem().recipe.num_steps(200)
+
+    class Killed(Journal):
+        def save(self, arrays: dict[str, np.ndarray], row: LogRow | None = None) -> None:
+            super().save(arrays, row)
+            if len(self.rows) == len(journal.rows):
+                raise KeyboardInterrupt
+
+    attack = attacks.build("error_min", [])
+    with pytest.raises(KeyboardInterrupt):
+        attack.craft(problem(), KEY, Killed(tmp_path))
+    assert attack.craft(problem(), KEY, Journal(tmp_path)).hash == whole.hash
 
 
 def test_targeted_images_are_mistaken() -> None:

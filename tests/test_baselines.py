@@ -5,6 +5,7 @@ Claims tested here, each with a control that fails:
 - as its perturbations shrink, the estimate of `es` from one pair is the exact metagradient's
   component along the perturbation, in the same run; in a run of another seed it is not;
 - `--against` takes the gradient of the defended run, which finite differences agree with;
+- `mgd` of a share of the run differentiates that share, as a naive gradient of it does;
 - the most that an image can take off a classifier's gradient is Lambert's function of the paper's
   argument, and no image does better; with too few poisons for that bound, cancelling fails;
 - `gradcancel` cancels more of the gradient than the images it starts from do, and what it states as
@@ -29,7 +30,7 @@ import pytest
 
 from poisonbench import attacks, flips
 from poisonbench.ascent import Problem
-from poisonbench.attacks import Task, es, gradcancel, tgda
+from poisonbench.attacks import Task, es, gradcancel, mgd, tgda
 from poisonbench.data import DataSpec, load
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal
@@ -37,7 +38,7 @@ from poisonbench.metagradient import metagradient
 from poisonbench.threat import Budget
 from poisonbench.tracks import DIGITS
 from poisonbench.trained import TrainedVictim
-from poisonbench.victim.evaluation import train
+from poisonbench.victim.evaluation import train, train_some
 from poisonbench.victim.training import TrainingRun
 
 KEY = jax.random.key(5)
@@ -100,6 +101,32 @@ def test_no_attack_is_made_against_what_it_cannot_go_through() -> None:
         attacks.build("mgd", [("against", "mixup,spectral")])
     with pytest.raises(UserError, match="did you mean mixup"):
         attacks.build("es", [("against", "mixpu")])
+
+
+def test_a_share_of_the_run_is_differentiated(task: Task) -> None:
+    """As if what came before had not known of the poison, and no other gradient."""
+    chosen = flips.chosen_at_random(task, KEY)
+    problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
+    z = jnp.asarray(task.train_images[chosen.indices], jnp.float32) / 255
+    value, gradient = mgd.MGD(differentiated=0.25).gradient(problem, z, KEY, "")
+    whole_value, whole = mgd.MGD().gradient(problem, z, KEY, "")
+    assert value == pytest.approx(whole_value, rel=1e-5)
+
+    run, state = TrainingRun.start(problem.recipe, problem.data, jax.random.split(KEY, 1))
+    first = run.num_steps * 3 // 4
+
+    def loss(late: Any, state: Any) -> Any:
+        for t in range(first, run.num_steps):
+            state = run(state, jnp.int32(t), late)
+        return problem.loss(state)
+
+    middle = train_some(run, state, z, jnp.int32(0), jnp.int32(first))
+    naive = jax.jit(jax.grad(loss))(z, middle)
+    assert float(jnp.linalg.norm(gradient - naive) / jnp.linalg.norm(naive)) < 1e-4
+    assert float(jnp.linalg.norm(whole - naive) / jnp.linalg.norm(naive)) > 0.1
+    for share in ("0", "1.5"):
+        with pytest.raises(UserError, match="--differentiated"):
+            attacks.build("mgd", [("differentiated", share)])
 
 
 @pytest.mark.parametrize(("classes", "most"), [(2, 0.2785), (10, 1.101)])

@@ -22,6 +22,8 @@ import pytest
 from PIL import Image
 from test_leaderboard import DIGITS, FREE, make, page, put
 
+from poisonbench.errors import UserError
+
 figures: Any = importlib.import_module("poisonbench.leaderboard.figures")
 games: Any = importlib.import_module("poisonbench.leaderboard.games")
 tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
@@ -44,6 +46,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_drop_against_cost(results: Path) -> None:
     numbers = found(results)[COSTS].numbers
+    # Forty victims in 80 s: two seconds for one.
     assert [(p["name"], p["trainings"], p["drop"]) for p in numbers["points"]] == [
         ("mgd", 617.2, 12.0), ("es", 20.0, 3.0),
     ]  # fmt: skip
@@ -51,6 +54,24 @@ def test_drop_against_cost(results: Path) -> None:
     # By hand: 617.2 trainings over 4 metasteps.
     assert numbers["curves"] == [{"name": "mgd", "points": [[0.0, 0.5], [308.6, 0.8], [617.2, 0.9]]}]
     assert f"]({COSTS.as_posix()})" in page(results)
+
+
+def test_the_unit_of_cost_is_the_tables(tmp_path: Path) -> None:
+    """A busy machine on one day does not make that day's attack look cheap."""
+    put(tmp_path, make("mgd", 12.0), make("es", 3.0), make("slow", 1.0, evaluation_seconds=800.0))
+    (numbers,) = [picture.numbers for picture in found(tmp_path).values()]
+    assert {point["trainings"] for point in numbers["points"]} == {617.2}
+
+
+def test_what_makes_a_curve(results: Path) -> None:
+    log = results / "digits/mgd/none/run-0/crafting.csv"
+    log.write_text("metastep,held_out_loss\n1,0.5\n2,0.6\n3,0.7\n")  # trials, not an ascent
+    assert found(results)[COSTS].numbers["curves"] == []
+    log.write_text("metastep,held_out_loss\n0,0.5\n2,0.6\n")
+    assert found(results)[COSTS].numbers["curves"] == []
+    log.write_text("metastep,held_out_loss\n0,0.5\n1,much\n2,0.6\n")
+    with pytest.raises(UserError, match=r"cannot read .*crafting\.csv"):
+        found(results)
 
 
 def test_no_figure_of_one_attack_or_of_custom_records(tmp_path: Path) -> None:
@@ -65,10 +86,16 @@ def test_drop_against_fraction(tmp_path: Path) -> None:
         budget = DIGITS.budget.model_copy(update={"fraction": fraction})
         num_poison = budget.count(500)
         put(tmp_path, make("mgd", drop, budget=budget, num_poison=num_poison))
-    put(tmp_path, make("mgd", 7.0, attack_seed=1), make("es", 1.0, attack_config={"sigma": 0.1}))
-    path = Path("figures/digits-replace-fixed-labels-any-by-fraction.png")
+    put(
+        tmp_path,
+        make("mgd", 7.0, attack_seed=1, attack_config={"steps": 9}),
+        make("es", 1.0, attack_config={"sigma": 0.1}),
+    )
+    handed_in = {"budget": DIGITS.budget.model_copy(update={"fraction": 0.05}), "crafting_seconds": None}
+    put(tmp_path, make("theirs", 1.0, crafting_seconds=None), make("theirs", 2.0, **handed_in))
+    path = Path("figures/digits-replace-fixed-labels-any-pixels-by-fraction.png")
     (line,) = found(tmp_path)[path].numbers["lines"]
-    assert line["name"] == "mgd"
+    assert line["name"] == "mgd (attack_seed=0)"
     assert [(point["fraction"], point["drop"]) for point in line["points"]] == [
         (0.01, 2.0), (0.025, 5.0), (0.05, 9.0),
     ]  # fmt: skip

@@ -5,7 +5,7 @@ Claims of `poisonbench.flips`, and of the start of `mgd`, tested here:
 - under free labels the images bear the wrong labels themselves, or stand again beside the set where
   poison is added;
 - under fixed labels copies of them stand in places of the wrong labels' classes, drawn at random or
-  those that are worth most; the originals stay, and no label changes;
+  those that are worth most; whatever gives no place stays, and no label changes;
 - a class with too few places is refused, and so is a budget under which no wrong pair can be;
 - `label_flip` makes the same wrong pairs under either rule;
 - the pairs that gain most are taken, an image once, a class as often as it has room.
@@ -15,6 +15,8 @@ The problem: 40 images of 4×4 in four classes, ten of each.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ import pytest
 from poisonbench import attacks
 from poisonbench.attacks import Task, mgd
 from poisonbench.errors import UserError
-from poisonbench.flips import Flips, placed, require_flips
+from poisonbench.flips import Flips, best_concentrated_flips, placed, require_flips
 from poisonbench.journal import Journal
 from poisonbench.threat import Budget, LInf
 from poisonbench.tracks import DIGITS
@@ -58,7 +60,8 @@ def test_fixed_labels_are_borne_by_copies() -> None:
     assert pairs(poison.images, poison.labels) == pairs(IMAGES[FLIPS.indices], FLIPS.labels)
     images, labels = poison.apply(IMAGES, LABELS)
     np.testing.assert_array_equal(labels, LABELS)
-    np.testing.assert_array_equal(images[FLIPS.indices[0]], IMAGES[FLIPS.indices[0]])
+    stay = np.setdiff1d(np.arange(40), poison.indices)
+    np.testing.assert_array_equal(images[stay], IMAGES[stay])
     others = {tuple(placed(task(), FLIPS, jax.random.key(seed)).indices) for seed in range(20)}
     assert len(others) > 5
 
@@ -102,3 +105,19 @@ def test_the_pairs_that_gain_most() -> None:
     tight = mgd._best_pairs(gains, 3, np.array([1, 2, 1]))
     assert (tight.indices.tolist(), tight.labels.tolist()) == ([0, 1, 2], [1, 0, 1])
     assert tight.labels.dtype == np.int32
+    # Right pairs gain minus infinity, and are never taken.
+    with pytest.raises(UserError, match="room for 3 wrong pairs"):
+        mgd._best_pairs(gains, 4, np.array([1, 1, 1]))
+
+
+def test_pairs_without_room_are_no_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = np.array([0] * 3 + [1] * 19 + [2] * 18, np.int32)
+    scarce = replace(task(), train_labels=few, class_names=("a", "b", "c"))
+    pairs = [(0, 1), (1, 0), (2, 1)]
+    monkeypatch.setattr("poisonbench.flips._nearest_pairs", lambda *_: pairs)
+    monkeypatch.setattr("poisonbench.flips._validation_error", lambda *_: 1.0)
+    found = best_concentrated_flips(scarce, KEY, Journal(), candidates=1, seeds=1)
+    assert (few[found.indices] == 2).all()
+    assert (found.labels == 1).all()
+    free = replace(scarce, budget=Budget(fraction=0.1, labels="free"))
+    assert (best_concentrated_flips(free, KEY, Journal(), candidates=1, seeds=1).labels == 0).all()

@@ -62,8 +62,16 @@ def test_scores_lie_beside_the_record(
     stored = json.loads((finished.folder / transfer.FILE).read_text())
     assert stored == measured.model_dump(mode="json")
 
-    monkeypatch.setattr(harness, "evaluate", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(harness, "evaluate", lambda *_, **__: pytest.fail("measured again"))
     assert transfer.measure(finished.folder, None, tmp_path / "runs", "again") == measured
+
+    stale = measured.model_copy(update={"poison_hash": "0" * 64})
+    stale.save(finished.folder / transfer.FILE)
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        transfer.measure(finished.folder, None, tmp_path / "runs", "again")
+    measured.save(finished.folder / transfer.FILE)
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        transfer.measure(finished.folder, None, tmp_path / "runs", "again", fresh=True)
 
     target = runs.publish(finished.folder, tmp_path / "results")
     assert (target / transfer.FILE).is_file()

@@ -18,7 +18,6 @@ from jaxtyping import PRNGKeyArray
 from poisonbench import _plugins
 from poisonbench._files import content_hash
 from poisonbench.data import Dataset
-from poisonbench.errors import UserError
 from poisonbench.journal import Journal
 from poisonbench.threat import Budget, LInf, PoisonSet
 from poisonbench.victim.recipe import Recipe
@@ -109,11 +108,9 @@ class Attack(ABC):
     """A way to spend the budget; subclasses are frozen dataclasses of their hyperparameters.
 
     Attributes:
-        changes_labels: the attack needs a budget that frees labels.
         control: it does no harm by its choices; others are held against it.
     """
 
-    changes_labels: ClassVar[bool] = False
     control: ClassVar[bool] = False
 
     @abstractmethod
@@ -129,15 +126,12 @@ class Attack(ABC):
             A set within `task.budget`, a function of the arguments alone.
         """
 
-    def require(self, budget: Budget) -> None:
+    def require(self, budget: Budget) -> None:  # noqa: B027 - most attacks can work under any
         """Refuse a budget that this attack cannot work under.
 
         Raises:
             UserError: naming the option to change.
         """
-        if self.changes_labels and budget.labels == "fixed":
-            name = type(self).__module__.rsplit(".", 1)[-1]
-            raise UserError(f"{name} changes labels: give --labels free")
 
 
 def names() -> list[str]:

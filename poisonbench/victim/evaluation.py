@@ -87,6 +87,14 @@ def train(run: TrainingRun, state: TrainState, z: Array | Poison) -> TrainState:
 
 
 @jax.jit
+def train_some(
+    run: TrainingRun, state: TrainState, z: Array | Poison, first: Array, last: Array
+) -> TrainState:
+    """The steps of a run from `first` up to `last`: the state of each seed after them."""
+    return jax.lax.fori_loop(first, last, lambda t, s: run(s, t, z), state)
+
+
+@jax.jit
 def train_and_score_epochs(
     run: TrainingRun, state: TrainState, epochs: Array, images: Array, labels: Array
 ) -> tuple[TrainState, Array]:
