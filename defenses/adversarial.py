@@ -51,7 +51,8 @@ class Adversarial(Defense):
         start = images + jax.random.uniform(key, images.shape, minval=-radius, maxval=radius)
 
         def climb(_: Array, x: Array) -> Array:
-            return jnp.clip(x + size * jnp.sign(jax.grad(loss)(x)), low, high)
+            return jnp.clip(x + size * jnp.sign(jax.grad(loss)(x, targets)), low, high)
 
         moved = jax.lax.fori_loop(0, self.steps, climb, jnp.clip(start, low, high))
-        return jax.lax.stop_gradient(moved), targets
+        # The perturbation is a constant, but the image that it is added to is not.
+        return images + jax.lax.stop_gradient(moved - images), targets

@@ -13,12 +13,12 @@ Paper: Levine and Feizi, "Deep Partition Aggregation: Provable Defense against G
 Attacks", ICLR 2021, https://arxiv.org/abs/2006.14768: at least half of the CIFAR-10 test set certified
 against nine insertions, with 250 parts.
 
-What is left open, and how it is settled here: all parts are brought to one size, that of the mean and
-a quarter, by repeating their own images in order of hash, so that one program trains them all; none
-depends on another, which is all that the certificate asks for. Labels are part of the hash, or a flip
-would change one part where it may change two.
+What is left open, and how it is settled here: a part is brought to a size that is a power of two by
+repeating its own images in order of hash, so that a few programs train them all; neither its size nor
+anything else of it depends on another part, which is all that the certificate asks for. Labels are part
+of the hash, or a flip would change one part where it may change two.
 
-Cost: about one and a quarter victim trainings in images, in k small ones.
+Cost: one to two victim trainings in images, in k small ones.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class DPA(Defense):
         self, view: View, images: UInt8[np.ndarray, "m h w c"], key: PRNGKeyArray
     ) -> Predictions | None:
         """What the vote says, and for how many additions and removals that is certain."""
-        size = -(-5 * len(view.labels) // (4 * self.k))
-        recipe = view.recipe.replace(batch_size=min(view.recipe.batch_size, max(2, size // 2)))
         votes = np.zeros((len(images), view.num_classes), int)
         for part, rows in enumerate(parts(view.images, view.labels, self.k)):
             if not len(rows):
                 continue
+            size = max(4, 1 << (len(rows) - 1).bit_length())
             own = np.resize(rows, size)  # repeated as often as it takes
+            recipe = view.recipe.replace(batch_size=min(view.recipe.batch_size, size // 2))
             victim = TrainedVictim.on(
                 view.images[own],
                 view.labels[own],

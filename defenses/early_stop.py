@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool
 
 from poisonbench.defenses import Defense
 from poisonbench.errors import UserError
@@ -37,6 +37,6 @@ class EarlyStop(Defense):
         if self.trusted < 1:
             raise UserError("early_stop.trusted must be at least 1")
 
-    def pick(self, accuracy: Float[np.ndarray, " epochs"]) -> int | None:
+    def pick(self, right: Bool[np.ndarray, "epochs m"]) -> int | None:
         """The first of the best."""
-        return int(np.argmax(accuracy))
+        return int(np.argmax(right.mean(1)))

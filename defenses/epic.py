@@ -11,7 +11,8 @@ tenth epoch on every second one, of 200.
 What is left open, and how it is settled here: the victims' runs are of some ten epochs, so images are
 looked at after every third; all that is alone goes, whatever its class.
 
-Cost: a forward pass over the set and the distances within each class, every third epoch.
+Cost: every third epoch a forward pass over the set, the distances within each class, and for each of its
+medoids a pass over them.
 """
 
 from __future__ import annotations
@@ -42,13 +43,17 @@ class EPIC(Defense):
         if self.every < 1 or not 0 < self.share < 1:
             raise UserError("epic: every must be at least 1, and share lie in (0, 1)")
 
-    def revise(self, view: View, victim: TrainedVictim, epoch: int) -> Float[np.ndarray, " n"] | None:
-        """Zero for the images that are a medoid of nothing but themselves."""
+    def revise(
+        self, view: View, victim: TrainedVictim, epoch: int, weights: Float[np.ndarray, " n"]
+    ) -> Float[np.ndarray, " n"] | None:
+        """Zero for the images that are a medoid of nothing but themselves, among those still there."""
         features = victim.features(view.images)
         errors = victim.probabilities(view.images) - np.eye(view.num_classes)[view.labels]
         alone: list[int] = []
         for label in np.unique(view.labels):
-            members = np.flatnonzero(view.labels == label)
+            members = np.flatnonzero((view.labels == label) & (weights > 0))
+            if not len(members):
+                continue
             # The gradient is an outer product, so inner products are products of inner products.
             inner = (errors[members] @ errors[members].T) * (features[members] @ features[members].T)
             squares = np.diag(inner)

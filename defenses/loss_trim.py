@@ -42,11 +42,15 @@ class LossTrim(Defense):
         if self.rounds < 1 or not self.factor > 0:
             raise UserError("loss_trim: rounds must be at least 1, and factor above 0")
 
+    def dropped(self, allowed: int) -> int:
+        """In proportion to what may be poisoned."""
+        return round(self.factor * allowed)
+
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
         """Zero for the largest losses of the last round."""
         weights = np.ones(len(view.labels))
         for i in range(self.rounds):
             said = view.trained(jax.random.fold_in(key, i), weights).probabilities(view.images)
             losses = -np.log(np.maximum(said[np.arange(len(said)), view.labels], 1e-30))
-            weights = view.without(highest(losses, view.share(self.factor)))
+            weights = view.without(highest(losses, self.dropped(view.allowed)))
         return weights

@@ -63,10 +63,10 @@ class MetagradientWeights(Defense):
             )
 
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
-        """The weights after the last metastep, of mean 1."""
+        """The weights after the last metastep, of mean 1 over the images that are left."""
         learnt = self.learnt(view, key)
         learnt[learnt < self.step_size / 20] = 0
-        return learnt / max(learnt.mean(), 1e-12)
+        return learnt / learnt[learnt > 0].mean() if learnt.any() else learnt
 
     def learnt(
         self, view: View, key: PRNGKeyArray, advance: Callable[[], None] = lambda: None

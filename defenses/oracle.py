@@ -22,6 +22,10 @@ class Oracle(Defense):
 
     sees_poison = True
 
+    def dropped(self, allowed: int) -> int:
+        """All that may be poisoned."""
+        return allowed
+
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
         """Nothing of the poison, and all of the rest."""
         assert view.poisoned is not None

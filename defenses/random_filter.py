@@ -20,10 +20,11 @@ from poisonbench.defenses import Defense, View
 class RandomFilter(Defense):
     """Drops without looking."""
 
+    def dropped(self, allowed: int) -> int:
+        """As many as may be poisoned."""
+        return allowed
+
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
-        """One for all images but those drawn."""
-        number = len(view.labels)
-        drawn = jax.random.permutation(key, number)[: min(view.allowed, number - 1)]
-        weights = np.ones(number)
-        weights[np.asarray(drawn)] = 0
-        return weights
+        """Zero for those drawn."""
+        drawn = jax.random.permutation(key, len(view.labels))[: view.allowed]
+        return view.without(np.asarray(drawn))

@@ -39,6 +39,10 @@ class Spectral(Defense):
         if not self.factor > 0:
             raise UserError("spectral.factor must be above 0")
 
+    def dropped(self, allowed: int) -> int:
+        """In proportion to what may be poisoned."""
+        return round(self.factor * allowed)
+
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
         """Zero for the images with the highest scores."""
         features = view.trained(key).features(view.images)
@@ -49,4 +53,4 @@ class Spectral(Defense):
             _, _, directions = np.linalg.svd(centred, full_matrices=False)
             squares = (centred @ directions[0]) ** 2
             scores[members] = squares / max(squares.mean(), 1e-30)
-        return view.without(highest(scores, view.share(self.factor)))
+        return view.without(highest(scores, self.dropped(view.allowed)))

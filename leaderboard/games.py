@@ -231,6 +231,8 @@ def _telling_options(group: list[Record]) -> dict[str, set[str]]:
     # How a label flip is spread makes two attacks of it, so it is said of a lone one too.
     telling = {attack: {"spread"} if attack == "label_flip" else set[str]() for attack in options}
     for attack, several in options.items():
+        if any(each.get("against") for each in several):
+            telling[attack].add("against")  # an adaptive attack is never taken for its twin
         for name in set[str]().union(*several):
             # A record from before there was an option has nothing to tell of it.
             if len({canonical(each[name]) for each in several if name in each}) > 1:

@@ -11,6 +11,7 @@ told from nothing there is nothing to win back, and the cell says so.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,21 @@ def share(interval: Interval | None) -> str:
     return f"{mean} %, {low} to {high}"
 
 
+def left_out(results: Path, games: Sequence[Game]) -> list[tuple[str, Record, str]]:
+    """Defended records that no table shows: their folder, themselves, and why."""
+    rows = [row for game in games if game.frozen for row in game.ranked]
+    found: list[tuple[str, Record, str]] = []
+    for path, record in records.find(results):
+        folder = path.parent.relative_to(results).as_posix()
+        if record.defense == "none":
+            continue
+        if record.status != "valid":
+            found.append((folder, record, record.remark))
+        elif not any(_belongs(record, row) for row in rows):
+            found.append((folder, record, "no valid undefended record of the same poison and victims"))
+    return found
+
+
 def sieges(results: Path, games: Sequence[Game]) -> list[Siege]:
     """One for each table that has defended records, in order of tables."""
     defended = [
@@ -123,7 +139,9 @@ def sieges(results: Path, games: Sequence[Game]) -> list[Siege]:
 
 def _belongs(record: Record, row: Row | None) -> bool:
     """Whether the undefended record of a row is this one's twin, seed by seed and victim by victim."""
-    if row is None or (record.track, record.hashes) != (row.record.track, row.record.hashes):
+    if row is None or (record.track, record.hashes, record.poison_hash) != (
+        row.record.track, row.record.hashes, row.record.poison_hash,
+    ):  # fmt: skip
         return False
     twin = {v.recipe_name: v for v in row.record.victims}
     return record.track in TRACKS and all(
@@ -136,6 +154,10 @@ def _belongs(record: Record, row: Row | None) -> bool:
 
 def _siege(game: Game, rows: dict[str, Row], several: list[tuple[Path, Record]], results: Path) -> Siege:
     judge = game.recipes[0]
+    shared = Counter(row.name for row in game.ranked)
+    names = {  # two poisons of one name are told apart by their content
+        h: row.name if shared[row.name] == 1 else f"{row.name} {h[:6]}" for h, row in rows.items()
+    }
     cells: dict[tuple[str, str], Cell] = {}
     for folder, record in several:
         row = rows[record.poison_hash]
@@ -144,18 +166,29 @@ def _siege(game: Game, rows: dict[str, Row], several: list[tuple[Path, Record]],
             [r.defense_config for _, r in several if r.defense == record.defense],
         )  # fmt: skip
         scores = record.victim(judge)
-        if scores is not None:
-            cell = _cell(record, folder.relative_to(results).as_posix(), row, defense, scores, judge)
-            cells[row.name, defense] = cell
-    names = {defense for _, defense in cells}
+        if scores is None:
+            continue
+        name = names[row.record.poison_hash]
+        cell = _cell(record, folder.relative_to(results).as_posix(), row, name, defense, scores, judge)
+        older = cells.get((name, defense))
+        if older is None or older.record.created <= record.created:  # measured again
+            cells[name, defense] = cell
+    order = [names[row.record.poison_hash] for row in game.ranked]
     return Siege(
-        game, judge,
-        [row.name for row in game.ranked if any(attack == row.name for attack, _ in cells)],
-        sorted(names, key=lambda name: (name not in CONTROLS, name)), cells,
+        game, judge, [name for name in order if any(attack == name for attack, _ in cells)],
+        sorted({defense for _, defense in cells}, key=lambda name: (name not in CONTROLS, name)), cells,
     )  # fmt: skip
 
 
-def _cell(record: Record, folder: str, row: Row, defense: str, scores: VictimScores, judge: str) -> Cell:
+def _cell(
+    record: Record,
+    folder: str,
+    row: Row,
+    name: str,
+    defense: str,
+    scores: VictimScores,
+    judge: str,
+) -> Cell:
     bare = row.scores(judge)
     lost = np.subtract(bare.clean, bare.poisoned)
     won = np.subtract(scores.poisoned, bare.poisoned)
@@ -168,7 +201,7 @@ def _cell(record: Record, folder: str, row: Row, defense: str, scores: VictimSco
         recall = poison / number if number else None
         clean_lost = (dropped - poison) / len(scores.seeds)
     return Cell(
-        record, folder, row.name, defense, mean_interval(scores.poisoned),
+        record, folder, name, defense, mean_interval(scores.poisoned),
         paired_drop(bare.clean, scores.clean),
         ratio_interval(won.tolist(), lost.tolist()) if sure else None,
         precision, recall, clean_lost,

@@ -27,7 +27,7 @@ from poisonbench.tracks import TRACKS
 
 from .figures import FOLDER, Picture, of_game, of_siege, pictures
 from .games import Game, Row, canonical, read
-from .shields import Siege, sieges
+from .shields import Siege, left_out, sieges
 
 BEGIN = "<!-- leaderboard: begin -->"
 END = "<!-- leaderboard: end -->"
@@ -48,8 +48,7 @@ def build(results: Path) -> dict[Path, str]:
         UserError: a record is not valid.
     """
     games = read(results)
-    several = sieges(results, games)
-    return _files(games, pictures(games, results, several), several)
+    return _files(results, games, pictures(games, results, sieges(results, games)))
 
 
 def update(results: Path, readme: Path | None = None, check: bool = False) -> list[Path]:
@@ -68,9 +67,8 @@ def update(results: Path, readme: Path | None = None, check: bool = False) -> li
         UserError: a record is not valid, the page lacks its markers, or a file cannot be written.
     """
     games = read(results)
-    several = sieges(results, games)
-    figures = pictures(games, results, several)
-    wanted = {results / path: text for path, text in _files(games, figures, several).items()}
+    figures = pictures(games, results, sieges(results, games))
+    wanted = {results / path: text for path, text in _files(results, games, figures).items()}
     if readme is not None:
         wanted[readme] = _inserted(readme, results, games)
     changed = [path for path, text in wanted.items() if _bytes(path) != text.encode()]
@@ -98,7 +96,8 @@ def escape(text: object) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _files(games: list[Game], figures: dict[Path, Picture], several: list[Siege]) -> dict[Path, str]:
+def _files(results: Path, games: list[Game], figures: dict[Path, Picture]) -> dict[Path, str]:
+    several = sieges(results, games)
     tracks = [(t, [g for g in games if g.frozen and g.track == t.name]) for t in TRACKS.values()]
     page = _template("results.md.j2").render(
         tracks=tracks,
@@ -107,6 +106,7 @@ def _files(games: list[Game], figures: dict[Path, Picture], several: list[Siege]
         figures=figures,
         of_game=of_game,
         of_siege=of_siege,
+        left_out=left_out(results, games),
         siege_of={siege.game.slug: siege for siege in several},
         curves={
             name: [path for path, picture in figures.items() if picture.numbers.get("track") == name]

@@ -1,8 +1,8 @@
 """Training victims under a defence, and what the defence did on the way.
 
 The defended victim shares initialisation, order and augmentation with the undefended one of the same
-key. Where images are dropped, the order is what is left of the undefended victim's own, and further
-passes over what is kept make up for the rest: every victim takes the same number of steps.
+key. Where images are dropped, others of those that are kept take their places in the order, drawn
+without replacement as long as there are some; every victim takes the same number of steps.
 """
 
 from __future__ import annotations
@@ -60,39 +60,64 @@ def train_and_score(
         labels: `[m]`, theirs.
 
     Raises:
-        UserError: the defence does not suit the recipe, or drops every image.
+        UserError: the defence drops every image.
     """
     recipe = view.recipe
-    if defense.parts and recipe.batch_size % defense.parts:
-        raise UserError(
-            f"a batch of {recipe.batch_size} cannot be cut into {defense.parts} equal parts: give"
-            " another --set batch_size=…"
-        )
     own = [jax.random.fold_in(key, DEFENSE) for key in keys]
     said = [defense.train(view, images, key) for key in own]
     if said[0] is not None:
         return _replaced([p for p in said if p is not None], recipe.epochs, labels)
-    weights = _stacked([defense.filter(view, key) for key in own], len(view.labels))
+    views = [replace(view, images=defense.preprocess(view, key)) for key in own]
+    if all(np.array_equal(each.images, views[0].images) for each in views):
+        return _together(defense, views[0], keys, own, images, labels)
+    # Seeds whose training images differ cannot share a program's data.
+    several = [
+        _together(defense, each, keys[i : i + 1], own[i : i + 1], images, labels)
+        for i, each in enumerate(views)
+    ]
+    rows = [d.weights for d in several]
+    weights = None if rows[0] is None else np.concatenate([row for row in rows if row is not None])
+    return Defended(np.concatenate([d.by_epoch for d in several]), weights)
+
+
+def _together(
+    defense: Composed,
+    view: View,
+    keys: Key[Array, " seeds"],
+    own: list[PRNGKeyArray],
+    images: np.ndarray,
+    labels: np.ndarray,
+) -> Defended:
+    """Victims that train on the same images."""
+    recipe, number = view.recipe, len(view.labels)
+    weights = _stacked([defense.filter(view, key) for key in own], number)
     data = TrainingSet.clean(view.images, view.labels, view.num_classes)
     run, state = TrainingRun.start(recipe, data, keys, defense)
-    run = _kept(run, weights)
+    order = np.asarray(run.order)
+    run = _kept(run, order, weights)
     both = (np.concatenate([images, view.trusted_images]), np.concatenate([labels, view.trusted_labels]))
     every = defense.every or recipe.epochs
     rights: list[np.ndarray] = []
     for epoch in range(0, recipe.epochs, every):
         if epoch:
-            victims = [_victim(view, state, i) for i in range(len(keys))]
-            revised = _stacked([defense.revise(view, v, epoch) for v in victims], len(view.labels))
+            now = np.ones((len(keys), number), np.float32) if weights is None else weights
+            revised = _stacked(
+                [
+                    defense.revise(view, _victim(view, state, i), epoch, now[i].astype(float))
+                    for i in range(len(keys))
+                ],
+                number,
+            )
             if revised is not None:
-                weights = revised if weights is None else weights * revised
-            run = _kept(run, weights)
+                weights = _stacked(list(now * revised), number)
+            run = _kept(run, order, weights)
         epochs = jnp.arange(epoch, min(epoch + every, recipe.epochs))
         state, right = train_and_score_epochs(run, state, epochs, *map(jnp.asarray, both))
         rights.append(np.asarray(right))
     right = np.concatenate(rights, axis=1)
     test = right[..., : len(labels)].mean(-1) * 100.0
     if len(view.trusted_labels):
-        test = _picked(test, right[..., len(labels) :].mean(-1) * 100.0, defense.pick)
+        test = _picked(test, right[..., len(labels) :], defense.pick)
     return Defended(test, weights)
 
 
@@ -108,7 +133,13 @@ def _replaced(said: list, epochs: int, labels: np.ndarray) -> Defended:  # type:
 def _picked(
     test: np.ndarray, trusted: np.ndarray, pick: Callable[[np.ndarray], int | None]
 ) -> np.ndarray:
-    """Test accuracy by epoch, that of the picked epoch from it on."""
+    """Test accuracy by epoch, that of the picked epoch from it on.
+
+    Args:
+        test: `[seeds, epochs]`.
+        trusted: `[seeds, epochs, m]`, which trusted images are right.
+        pick: the defence's.
+    """
     test = test.copy()
     for row, seen in zip(test, trusted, strict=True):
         epoch = pick(seen)
@@ -135,11 +166,16 @@ def _stacked(several: list[np.ndarray | None], number: int) -> np.ndarray | None
     return np.stack(rows).astype(np.float32)
 
 
-def _kept(run: TrainingRun, weights: np.ndarray | None) -> TrainingRun:
-    """The run over the images of positive weight, each counting by its weight."""
+def _kept(run: TrainingRun, order: np.ndarray, weights: np.ndarray | None) -> TrainingRun:
+    """The run over the images of positive weight, each counting by its weight.
+
+    Args:
+        run: of all seeds.
+        order: `[seeds, steps, batch]`, of the undefended victims.
+        weights: `[seeds, n]`.
+    """
     if weights is None:
         return run
-    order = np.asarray(TrainingRun.start(run.recipe, run.data, run.keys)[0].order)
     if (weights == 0).any():
         order = np.stack([_without(o, w, k) for o, w, k in zip(order, weights, run.keys, strict=True)])
     weighed = None if np.isin(weights, (0, 1)).all() else jnp.asarray(weights)
@@ -147,11 +183,12 @@ def _kept(run: TrainingRun, weights: np.ndarray | None) -> TrainingRun:
 
 
 def _without(order: np.ndarray, weights: np.ndarray, key: PRNGKeyArray) -> np.ndarray:
-    """The order without what weighs nothing, as long as before."""
-    kept = np.flatnonzero(weights)
-    left = order.ravel()[weights[order.ravel()] > 0]
-    further = jax.random.fold_in(key, DEFENSE + 1)
-    while len(left) < order.size:
+    """The order with others in the places of images that weigh nothing, the rest where it was."""
+    kept, dropped = np.flatnonzero(weights), weights[order] == 0
+    further, fill = jax.random.fold_in(key, DEFENSE + 1), np.zeros(0, order.dtype)
+    while len(fill) < dropped.sum():
         further, draw = jax.random.split(further)
-        left = np.concatenate([left, np.asarray(jax.random.permutation(draw, kept))])
-    return left[: order.size].reshape(order.shape)
+        fill = np.concatenate([fill, np.asarray(jax.random.permutation(draw, kept), order.dtype)])
+    changed = order.copy()
+    changed[dropped] = fill[: dropped.sum()]
+    return changed

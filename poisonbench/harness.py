@@ -7,7 +7,6 @@ keys come from the evaluation seeds alone, through a root that no attack is give
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from jaxtyping import PRNGKeyArray
 
 from poisonbench._files import content_hash, write_text
 from poisonbench.data import Dataset
-from poisonbench.errors import UserError
 from poisonbench.progress import Progress
 from poisonbench.records import Certificate, Filtering, VictimScores, hardware, library_versions
 from poisonbench.threat import PoisonSet
@@ -141,11 +139,11 @@ class _Shield:
         """All of it that decides a score, as text."""
         from poisonbench import defenses
 
-        source = [Path(inspect.getfile(type(d))).read_text("utf-8") for d in self.defense.defenses]
-        for name in ("defended.py", "trained.py", "perturb.py"):
-            source.append(Path(__file__).with_name(name).read_text("utf-8"))
         seen = [*self.trusted, *([condition.poisoned] if self.sees_poison else [])]
-        return f"{defenses.config(self.defense)}{source}{self.allowed}{content_hash(*seen)}"
+        return (
+            f"{defenses.config(self.defense)}{defenses.sources(self.defense)}{self.allowed}"
+            f"{content_hash(*seen)}"
+        )
 
     @property
     def sees_poison(self) -> bool:
@@ -245,23 +243,31 @@ def _trained(dataset: Dataset, condition: _Condition, recipe: Recipe, seeds: lis
         training = TrainingSet.clean(*condition.data, dataset.num_classes)
         by_epoch = train_and_score(recipe, training, keys, *test)
         return _Scores(by_epoch, None, None, time.monotonic() - began)
-    told = condition.poisoned if shield.sees_poison else None
-    view = View(*condition.data, dataset.num_classes, recipe, shield.allowed, *shield.trusted, told)
+    # Where poison was added it comes last, which no defence may see.
+    number = len(condition.poisoned)
+    rows = np.arange(number)
+    if number > len(dataset.train_labels):
+        rows = np.random.default_rng(TRUSTED).permutation(number)
+    shuffled = [_read_only(array[rows]) for array in (*condition.data, condition.poisoned)]
+    told = shuffled[2] if shield.sees_poison else None
+    trusted = [_read_only(array) for array in shield.trusted]
+    view = View(*shuffled[:2], dataset.num_classes, recipe, shield.allowed, *trusted, told)
     done = defended.train_and_score(shield.defense, view, keys, *test)
     dropped = None
     if done.weights is not None:
-        dropped = [np.flatnonzero(row == 0).tolist() for row in done.weights]
+        dropped = [sorted(rows[row == 0].tolist()) for row in done.weights]
     return _Scores(done.by_epoch, dropped, done.certified, time.monotonic() - began)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    copy = np.array(array)
+    copy.flags.writeable = False
+    return copy
 
 
 def _shield(defense: Composed | None, poison: PoisonSet, dataset: Dataset) -> _Shield | None:
     if defense is None or not defense.defenses:
         return None
-    if defense.trusted > len(dataset.val_labels):
-        raise UserError(
-            f"the defence needs {defense.trusted} trusted images, and validation data has"
-            f" {len(dataset.val_labels)}: lower its option `trusted`"
-        )
     rows = np.random.default_rng(TRUSTED).permutation(len(dataset.val_labels))[: defense.trusted]
     trusted = (dataset.val_images[rows], dataset.val_labels[rows])
     return _Shield(defense, poison.budget.count(len(dataset.train_labels)), trusted)
@@ -269,11 +275,12 @@ def _shield(defense: Composed | None, poison: PoisonSet, dataset: Dataset) -> _S
 
 def _filtering(scores: dict[str, list[_Scores]], poisoned: np.ndarray) -> Filtering | None:
     """What was dropped, seed by seed; None where nothing is ever weighed."""
-    dropped = {c: [d for s in parts for d in s.dropped or []] for c, parts in scores.items()}
-    if not (dropped["clean"] or dropped["poisoned"]):
+    if all(s.dropped is None for parts in scores.values() for s in parts):
         return None
-    seeds = sum(len(s.by_epoch) for s in scores["clean"])
-    clean, both = (dropped[c] or [[]] * seeds for c in ("clean", "poisoned"))
+    clean, both = (
+        [rows for s in scores[c] for rows in s.dropped or [[]] * len(s.by_epoch)]
+        for c in ("clean", "poisoned")
+    )
     return Filtering(
         clean_run=[len(rows) for rows in clean],
         poisoned_run=[len(rows) for rows in both],

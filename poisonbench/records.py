@@ -32,7 +32,7 @@ from poisonbench.threat import Budget
 from poisonbench.victim.recipe import Recipe
 
 SCHEMA_VERSION: Literal[1] = 1
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "pillow")
 
 
 # Names become folders and rows of tables, and a record may come from anybody.
@@ -146,6 +146,10 @@ class VictimScores(Frozen):
         for scores in (self.clean, self.poisoned, self.clean_best, self.poisoned_best):
             if len(scores) != len(self.seeds):
                 raise ValueError("every seed needs one accuracy in each list")
+        if self.filtering is not None:
+            for counts in (self.filtering.clean_run, self.filtering.poisoned_run, self.filtering.poison):
+                if len(counts) != len(self.seeds):
+                    raise ValueError("every seed needs one count of what was dropped")
         return self
 
     @property

@@ -53,6 +53,10 @@ class Request:
         source = Path(inspect.getfile(type(self.attack))).read_text("utf-8")
         config = attacks.config(self.attack)
         rest = {"config": config, "seed": self.seed, "source": source, "library": _crafting_sources()}
+        if config.get("against"):
+            from poisonbench import defenses
+
+            rest["against"] = defenses.sources(defenses.build(config["against"]))
         return _identity(self.setting, dataset, rest)
 
 
@@ -97,7 +101,8 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> Finished:
     Raises:
         UserError: as `craft`.
     """
-    dataset, folder = _prepare(request, out, fresh)
+    # A defence is measured anew; the poison, and what undefended victims scored, stay.
+    dataset, folder = _prepare(request, out, fresh and request.setting.defense is None)
     crafted = _craft(request, dataset, folder)
     if request.setting.defense is not None:
         # The poison is the undefended run's, and stays there; what defended victims scored lies beside.
@@ -181,7 +186,10 @@ def _prepare(request: Request, out: Path, fresh: bool) -> tuple[data.Dataset, Pa
     setting = request.setting
     request.attack.require(setting.budget)
     dataset = load_data(setting)
-    setting.budget.count(len(dataset.train_labels))
+    allowed = setting.budget.count(len(dataset.train_labels))
+    if setting.defense is not None:
+        for recipe in setting.recipes.values():
+            setting.defense.require(recipe, len(dataset.train_labels), allowed, len(dataset.val_labels))
     folder = out / setting.track.name / f"{request.name}-{request.identity(dataset)}"
     _open(folder, fresh)
     return dataset, folder
@@ -316,7 +324,11 @@ def _shield_config(setting: Setting) -> dict[str, Any]:
 
 
 def _shield_identity(setting: Setting) -> str:
-    text = json.dumps([setting.defense_name, _shield_config(setting)], sort_keys=True)
+    from poisonbench import defenses
+
+    assert setting.defense is not None
+    decides = [setting.defense_name, _shield_config(setting), defenses.sources(setting.defense)]
+    text = json.dumps(decides, sort_keys=True)
     return f"{setting.defense_name}-{content_hash(np.frombuffer(text.encode(), np.uint8))[:8]}"
 
 

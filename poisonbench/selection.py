@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +98,7 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[Selection,
     """
     import jax.numpy as jnp
 
-    from poisonbench.defenses import View
+    from poisonbench.defenses import Composed, View, sources
     from poisonbench.victim.evaluation import train_and_score
     from poisonbench.victim.training import TrainingSet
 
@@ -109,13 +109,14 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[Selection,
     number = len(dataset.train_labels)
     count = int(request.keep * number + 1e-9)
     recipe.steps_per_epoch(count)  # refuses a selection smaller than a batch
-    folder = out / setting.track.name / f"select-{_identity(request, dataset.hashes())}"
-    require_writable(folder)
-    if (folder / FILE).exists() and not fresh:
-        return Selection.load(folder / FILE), folder
     half = len(dataset.val_labels) // 2
     weighing: Any = importlib.import_module("poisonbench.defenses.metagradient_weights")
     method = weighing.MetagradientWeights(trusted=half, steps=request.steps)
+    decides = [dataset.hashes(), asdict(method), sources(Composed((method,)))]
+    folder = out / setting.track.name / f"select-{_identity(request, decides)}"
+    require_writable(folder)
+    if (folder / FILE).exists() and not fresh:
+        return Selection.load(folder / FILE), folder
     view = View(
         dataset.train_images, dataset.train_labels, dataset.num_classes, recipe, 0,
         dataset.val_images[:half], dataset.val_labels[:half],
@@ -137,7 +138,7 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[Selection,
     selection = Selection(
         track=setting.track.name, custom=list(setting.custom), dataset=setting.dataset,
         hashes=dataset.hashes(), recipe_name=setting.track.surrogate, recipe=recipe.as_dict(),
-        method={"trusted": half, "steps": request.steps, "seed": request.seed}, keep=request.keep,
+        method={**asdict(method), "seed": request.seed}, keep=request.keep,
         kept=kept.tolist(), seeds=list(setting.seeds), **scores, created=records.now(),
         command=request.command, code=records.code_version(), libraries=records.library_versions(),
         hardware=records.hardware(),
@@ -173,10 +174,10 @@ def show(selection: Selection, folder: Path) -> None:
         console.print(str(path), soft_wrap=True)
 
 
-def _identity(request: Request, hashes: dict[str, str]) -> str:
+def _identity(request: Request, decides: list[Any]) -> str:
     setting = request.setting
     text = json.dumps(
-        [hashes, setting.surrogate.as_dict(), list(setting.seeds), request.keep, request.steps,
+        [decides, setting.surrogate.as_dict(), list(setting.seeds), request.keep,
          request.seed],
         sort_keys=True,
     )  # fmt: skip

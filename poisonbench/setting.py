@@ -129,7 +129,7 @@ def _defense(text: str | None, options: Sequence[str]) -> tuple[Composed | None,
     from poisonbench import defenses
 
     built = defenses.build(text, options)
-    return built, "+".join(name.strip() for name in text.split(","))
+    return built, "+".join(built.names)
 
 
 def _dataset_name(name: str) -> str:

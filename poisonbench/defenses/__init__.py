@@ -20,9 +20,11 @@ Several compose: each hook passes on what the one before it gave, in the order i
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,8 +38,8 @@ from poisonbench.victim.recipe import Recipe
 
 _plugins.extend(__path__, "defenses")
 
-Loss = Callable[[Array], Array]
-"""Of a batch's images in [0, 1], at the victim's current weights; a scalar."""
+Loss = Callable[[Array, Array], Array]
+"""Of a batch's images in [0, 1] and targets, at the victim's current weights; a scalar."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,6 @@ class View:
         kept = np.arange(len(self.labels)) if weights is None else np.flatnonzero(weights)
         return TrainedVictim.on(self.images[kept], self.labels[kept], self.num_classes, self.recipe, key)
 
-    def share(self, factor: float) -> int:
-        """So many times as many images as may be poisoned, and one less than all at the most."""
-        return min(round(factor * self.allowed), len(self.labels) - 1)
-
     def without(self, dropped: Int[np.ndarray, " d"]) -> Float[np.ndarray, " n"]:
         """Weights that drop these images."""
         weights = np.ones(len(self.labels))
@@ -88,8 +86,8 @@ class Predictions:
 
     Attributes:
         classes: `[m]`, the answer for each image.
-        certified: `[m]`, how many training images may be changed, in whatever way, without changing that
-            answer; None where nothing is certified.
+        certified: `[m]`, how many training images may be added or removed without changing that answer, an
+            image replaced being one of each; None where nothing is certified.
     """
 
     classes: Int[np.ndarray, " m"]
@@ -100,7 +98,7 @@ class Defense(ABC):  # noqa: B024 - hooks are optional; the class is what `load`
     """A change to how victims are trained; subclasses are frozen dataclasses of their hyperparameters.
 
     Attributes:
-        sees_poison: it is told which points are poisoned: the oracle alone.
+        sees_poison: it is told which points are poisoned: the oracle alone may be.
         trusted: clean images that it is given; a hyperparameter in those that need some.
         every: epochs between two calls of `revise`; 0 for none.
         parts: parts of a batch whose gradients `aggregate` gets; 0 for the batch as a whole.
@@ -111,6 +109,15 @@ class Defense(ABC):  # noqa: B024 - hooks are optional; the class is what `load`
     every: int = 0
     parts: int = 0
 
+    @classmethod
+    def replaces_training(cls) -> bool:
+        """Whether `train` is all there is to it."""
+        return cls.train is not Defense.train
+
+    def dropped(self, allowed: int) -> int:
+        """How many images it is sure to drop, where so many may be poisoned."""
+        return 0
+
     def preprocess(self, view: View, key: PRNGKeyArray) -> UInt8[np.ndarray, "n h w c"]:
         """Other images in the place of the training set's."""
         return view.images
@@ -119,8 +126,10 @@ class Defense(ABC):  # noqa: B024 - hooks are optional; the class is what `load`
         """How much each image counts in the loss: 0 removes it, 1 is as usual; None for all as usual."""
         return None
 
-    def revise(self, view: View, victim: TrainedVictim, epoch: int) -> Float[np.ndarray, " n"] | None:
-        """As `filter`, of a victim in training, after so many epochs; times what counted before."""
+    def revise(
+        self, view: View, victim: TrainedVictim, epoch: int, weights: Float[np.ndarray, " n"]
+    ) -> Float[np.ndarray, " n"] | None:
+        """As `filter`, of a victim in training, after so many epochs, given what counts until now."""
         return None
 
     def augment(
@@ -134,9 +143,9 @@ class Defense(ABC):  # noqa: B024 - hooks are optional; the class is what `load`
 
         Args:
             images: in [0, 1].
-            targets: label distributions.
+            targets: label distributions, each times how much its image counts.
             key: of this step.
-            loss: of images under these targets, at the weights before the step.
+            loss: of images under targets, at the weights before the step.
         """
         return images, targets
 
@@ -148,8 +157,8 @@ class Defense(ABC):  # noqa: B024 - hooks are optional; the class is what `load`
         """Another optimizer in the place of the recipe's."""
         return optimizer
 
-    def pick(self, accuracy: Float[np.ndarray, " epochs"]) -> int | None:
-        """Which epoch's victim is kept, by its accuracy on trusted images; None for the last."""
+    def pick(self, right: Bool[np.ndarray, "epochs m"]) -> int | None:
+        """Which epoch's victim is kept, by the trusted images that it gets right; None for the last."""
         return None
 
     def train(
@@ -161,13 +170,15 @@ class Defense(ABC):  # noqa: B024 - hooks are optional; the class is what `load`
 
 @dataclass(frozen=True)
 class Composed(Defense):
-    """Several defences, one after the other.
+    """Several defences, one after the other; each sees what it would see alone.
 
     Attributes:
         defenses: in the order in which they are named.
+        names: as typed.
     """
 
     defenses: tuple[Defense, ...] = field(default=())
+    names: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
         for name in ("every", "parts"):
@@ -175,13 +186,13 @@ class Composed(Defense):
                 raise UserError(
                     f"two of these defences use `{name}`, of which there can be one: name one"
                 )
-        if sum(type(d).train is not Defense.train for d in self.defenses) and len(self.defenses) > 1:
+        if any(d.replaces_training() for d in self.defenses) and len(self.defenses) > 1:
             raise UserError("a defence that replaces training cannot be combined: name it alone")
 
     @property
     def trusted(self) -> int:  # type: ignore[override]
-        """The most that any of them needs: they share it."""
-        return max((d.trusted for d in self.defenses), default=0)
+        """What all of them need together: none sees another's."""
+        return sum(d.trusted for d in self.defenses)
 
     @property
     def every(self) -> int:  # type: ignore[override]
@@ -193,19 +204,54 @@ class Composed(Defense):
         """That of the one that has it."""
         return max((d.parts for d in self.defenses), default=0)
 
+    def dropped(self, allowed: int) -> int:
+        """At the most."""
+        return sum(d.dropped(allowed) for d in self.defenses)
+
+    def require(self, recipe: Recipe, number: int, allowed: int, available: int) -> None:
+        """Refuse what cannot work, before anything is crafted or trained.
+
+        Args:
+            recipe: of the victims.
+            number: training images.
+            allowed: how many of them the budget lets an attacker poison.
+            available: validation images, of which the trusted ones are taken.
+
+        Raises:
+            UserError: naming what to change.
+        """
+        if self.trusted > available:
+            raise UserError(
+                f"the defence needs {self.trusted} trusted images, and validation data has {available}:"
+                " lower its option `trusted`"
+            )
+        if self.parts and recipe.batch_size % self.parts:
+            raise UserError(
+                f"a batch of {recipe.batch_size} cannot be cut into {self.parts} equal parts: give"
+                " another --set batch_size=…"
+            )
+        if number - self.dropped(allowed) < recipe.batch_size:
+            raise UserError(
+                f"where {allowed} of {number} images may be poisoned, the defence leaves less than a"
+                f" batch of {recipe.batch_size}: lower --fraction"
+            )
+
     def preprocess(self, view: View, key: PRNGKeyArray) -> UInt8[np.ndarray, "n h w c"]:
         """All of them, in order."""
-        for i, defense in enumerate(self.defenses):
-            view = replace(view, images=defense.preprocess(view, _own(key, i)))
+        for i, (defense, own) in enumerate(self._views(view)):
+            own = replace(own, images=view.images)
+            view = replace(view, images=defense.preprocess(own, _own(key, i)))
         return view.images
 
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
         """The product; each sees all images, so that it does not matter who comes first."""
-        return self._product(d.filter(view, _own(key, i)) for i, d in enumerate(self.defenses))
+        return _product(d.filter(own, _own(key, i)) for i, (d, own) in enumerate(self._views(view)))
 
-    def revise(self, view: View, victim: TrainedVictim, epoch: int) -> Float[np.ndarray, " n"] | None:
+    def revise(
+        self, view: View, victim: TrainedVictim, epoch: int, weights: Float[np.ndarray, " n"]
+    ) -> Float[np.ndarray, " n"] | None:
         """That of the one that does."""
-        return self._product(d.revise(view, victim, epoch) for d in self.defenses)
+        return _product(d.revise(own, victim, epoch, weights) for d, own in self._views(view))
 
     def augment(
         self, images: Array, targets: Array, key: PRNGKeyArray, loss: Loss
@@ -225,10 +271,13 @@ class Composed(Defense):
             optimizer = defense.transform(optimizer)
         return optimizer
 
-    def pick(self, accuracy: Float[np.ndarray, " epochs"]) -> int | None:
-        """That of the last one that picks."""
-        picked = [epoch for d in self.defenses if (epoch := d.pick(accuracy)) is not None]
-        return picked[-1] if picked else None
+    def pick(self, right: Bool[np.ndarray, "epochs m"]) -> int | None:
+        """That of the last one that picks, by its own trusted images."""
+        picked, first = None, 0
+        for defense in self.defenses:
+            epoch = defense.pick(right[:, first : first + defense.trusted])
+            picked, first = picked if epoch is None else epoch, first + defense.trusted
+        return picked
 
     def train(
         self, view: View, images: UInt8[np.ndarray, "m h w c"], key: PRNGKeyArray
@@ -236,10 +285,26 @@ class Composed(Defense):
         """That of the only one, if it does."""
         return self.defenses[0].train(view, images, key) if len(self.defenses) == 1 else None
 
-    @staticmethod
-    def _product(several: Iterable[np.ndarray | None]) -> np.ndarray | None:
-        given = [weights for weights in several if weights is not None]
-        return np.prod(given, axis=0) if given else None
+    def _views(self, view: View) -> list[tuple[Defense, View]]:
+        """What each of them sees: its own trusted images, and the poison if it is the oracle."""
+        pairs: list[tuple[Defense, View]] = []
+        first = 0
+        for defense in self.defenses:
+            own = slice(first, first + defense.trusted)
+            first += defense.trusted
+            mine = replace(
+                view,
+                trusted_images=view.trusted_images[own],
+                trusted_labels=view.trusted_labels[own],
+                poisoned=view.poisoned if defense.sees_poison else None,
+            )
+            pairs.append((defense, mine))
+        return pairs
+
+
+def _product(several: Iterable[np.ndarray | None]) -> np.ndarray | None:
+    given = [weights for weights in several if weights is not None]
+    return np.prod(given, axis=0) if given else None
 
 
 def names() -> list[str]:
@@ -280,7 +345,13 @@ def build(text: str, options: Sequence[str] = ()) -> Composed:
         if name not in given:
             raise UserError(f"--defense-set {option}: --defense does not name {name}")
         given[name].append((field_name.replace("_", "-"), value))
-    return Composed(tuple(_plugins.build(load(name), name, given[name]) for name in wanted))
+    for name in wanted:
+        if load(name).sees_poison and name != "oracle":
+            raise UserError(
+                f"{name} asks to be told which points are poisoned, which is the oracle's alone"
+            )
+    built = tuple(_plugins.build(load(name), name, given[name]) for name in wanted)
+    return Composed(built, tuple(wanted))
 
 
 def in_steps(text: str) -> Composed:
@@ -290,12 +361,11 @@ def in_steps(text: str) -> Composed:
         UserError: no such defence, or one that acts elsewhere.
     """
     built = build(text)
-    for name, defense in zip(text.split(","), built.defenses, strict=True):
+    for name, defense in zip(built.names, built.defenses, strict=True):
         for hook in ("preprocess", "filter", "revise", "pick", "train"):
             if getattr(type(defense), hook) is not getattr(Defense, hook):
                 raise UserError(
-                    f"no attack is made against {name.strip()}: it acts by `{hook}`, not in the victim's"
-                    " steps"
+                    f"no attack is made against {name}: it acts by `{hook}`, not in the victim's steps"
                 )
     return built
 
@@ -303,11 +373,21 @@ def in_steps(text: str) -> Composed:
 def config(defense: Composed) -> dict[str, dict[str, Any]]:
     """The hyperparameters of each defence by its name, JSON-ready."""
     return {
-        type(part).__module__.rsplit(".", 1)[-1]: {
-            option.name: getattr(part, option.name) for option in _plugins.options(type(part))
-        }
-        for part in defense.defenses
+        name: {option.name: getattr(part, option.name) for option in _plugins.options(type(part))}
+        for name, part in zip(defense.names, defense.defenses, strict=True)
     }
+
+
+def sources(defense: Composed) -> str:
+    """All code that decides what a defence does to a victim."""
+    root = Path(__file__).parents[1]
+    library = (
+        "defenses/__init__.py", "defended.py", "flips.py", "perturb.py", "trained.py", "_files.py",
+        "metagradient/*.py",
+    )  # fmt: skip
+    paths = [path for name in library for path in sorted(root.glob(name))]
+    own = [Path(inspect.getfile(type(part))) for part in defense.defenses]
+    return "".join(path.read_text("utf-8") for path in [*own, *paths])
 
 
 def summary(name: str) -> str:

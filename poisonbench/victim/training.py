@@ -38,7 +38,7 @@ class Guard(Protocol):
         """Parts of a batch whose gradients are aggregated; 0 for the batch as a whole."""
 
     def augment(
-        self, images: Array, targets: Array, key: PRNGKeyArray, loss: Callable[[Array], Array]
+        self, images: Array, targets: Array, key: PRNGKeyArray, loss: Callable[[Array, Array], Array]
     ) -> tuple[Array, Array]:
         """Other images and targets."""
 
@@ -245,32 +245,28 @@ def _update(
     recipe, guard = run.recipe, run.guard
     graph = architecture(recipe, images.shape[1:], run.data.num_classes)
 
-    def loss(
-        params: PyTree, images: Array, targets: Array, counted: Array | None
-    ) -> tuple[Array, PyTree]:
+    def loss(params: PyTree, images: Array, targets: Array) -> tuple[Array, PyTree]:
         model = nnx.merge(graph, params, state.stats)
         logits = model(images, train=True)
-        smoothed = optax.smooth_labels(targets, recipe.label_smoothing)
         stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        each = optax.softmax_cross_entropy(logits, smoothed)
-        return (each if counted is None else each * counted).mean(), stats
+        return optax.softmax_cross_entropy(logits, targets).mean(), stats
 
     gradient_of = jax.grad(loss, has_aux=True)
-    if guard is None:
-        gradient, stats = gradient_of(state.params, images, targets, counted)
-    else:
-        given = targets
+    targets = optax.smooth_labels(targets, recipe.label_smoothing)
+    if counted is not None:
+        targets = targets * counted[:, None]  # so that blends of images are blends of what they count
+    if guard is not None:
         images, targets = guard.augment(
-            images, targets, jax.random.fold_in(key, 1), lambda x: loss(state.params, x, given, None)[0]
+            images, targets, jax.random.fold_in(key, 1), lambda x, y: loss(state.params, x, y)[0]
         )
-        if guard.parts:
-            batch = (images, targets, jnp.ones(len(images)) if counted is None else counted)
-            parts = jax.tree.map(lambda x: x.reshape(guard.parts, -1, *x.shape[1:]), batch)
-            stack, several = jax.vmap(gradient_of, (None, 0, 0, 0))(state.params, *parts)
-            gradient = guard.aggregate(stack, jax.random.fold_in(key, 2))
-            stats = jax.tree.map(lambda x: x.mean(0), several)
-        else:
-            gradient, stats = gradient_of(state.params, images, targets, counted)
+    if guard is not None and guard.parts:
+        batch = (images, targets)
+        parts = jax.tree.map(lambda x: x.reshape(guard.parts, -1, *x.shape[1:]), batch)
+        stack, several = jax.vmap(gradient_of, (None, 0, 0))(state.params, *parts)
+        gradient = guard.aggregate(stack, jax.random.fold_in(key, 2))
+        stats = jax.tree.map(lambda x: x.mean(0), several)
+    else:
+        gradient, stats = gradient_of(state.params, images, targets)
     optimizer = _guarded(make_optimizer(recipe, run.num_steps), guard)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     return TrainState(optax.apply_updates(state.params, updates), stats, optimizer_state)
