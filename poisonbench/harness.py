@@ -251,7 +251,10 @@ def _trained(dataset: Dataset, condition: _Condition, recipe: Recipe, seeds: lis
     shuffled = [_read_only(array[rows]) for array in (*condition.data, condition.poisoned)]
     told = shuffled[2] if shield.sees_poison else None
     trusted = [_read_only(array) for array in shield.trusted]
-    view = View(*shuffled[:2], dataset.num_classes, recipe, shield.allowed, *trusted, told)
+    view = View(
+        shuffled[0], shuffled[1], dataset.num_classes, recipe, shield.allowed,
+        trusted[0], trusted[1], told,
+    )  # fmt: skip
     done = defended.train_and_score(shield.defense, view, keys, *test)
     dropped = None
     if done.weights is not None:

@@ -86,8 +86,8 @@ class Predictions:
 
     Attributes:
         classes: `[m]`, the answer for each image.
-        certified: `[m]`, how many training images may be added or removed without changing that answer, an
-            image replaced being one of each; None where nothing is certified.
+        certified: `[m]`, how many training images may be added or removed without changing that
+            answer, an image replaced being one of each; None where nothing is certified.
     """
 
     classes: Int[np.ndarray, " m"]
@@ -238,10 +238,10 @@ class Composed(Defense):
 
     def preprocess(self, view: View, key: PRNGKeyArray) -> UInt8[np.ndarray, "n h w c"]:
         """All of them, in order."""
+        images = view.images
         for i, (defense, own) in enumerate(self._views(view)):
-            own = replace(own, images=view.images)
-            view = replace(view, images=defense.preprocess(own, _own(key, i)))
-        return view.images
+            images = defense.preprocess(replace(own, images=images), _own(key, i))
+        return images
 
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
         """The product; each sees all images, so that it does not matter who comes first."""
