@@ -5,8 +5,9 @@ Claims tested for each defence, on images of one channel and of three:
 - the same keys give the same scores and weights, and another key another victim;
 - weights are finite, not negative, and never all zero; images keep shape and dtype; in a step, images
   and targets keep theirs, and targets stay distributions;
-- it is never told which points are poisoned, unless it is the oracle, of which there is one, nor given
-  images that it does not declare;
+- it is never told which points are poisoned, unless it is the oracle, of which there is one, neither by a
+  word nor by their order, nor given images that it does not declare, whatever it is composed with;
+- what cannot work is refused before anything is trained;
 - test images make no difference to what it does;
 - it composes with mixup, or replaces training and says that it cannot;
 - its hyperparameters are documented where they are declared.
@@ -25,10 +26,13 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from poisonbench import defended, defenses
+from poisonbench import defended, defenses, harness
+from poisonbench._files import content_hash
 from poisonbench._plugins import options
+from poisonbench.data import Dataset, DataSpec
 from poisonbench.defenses import Composed, Defense, View
 from poisonbench.errors import UserError
+from poisonbench.threat import Budget, PoisonSet
 from poisonbench.tracks import DIGITS
 
 RECIPE = DIGITS.recipes["smooth"].replace(width=2, epochs=4, batch_size=10)
@@ -96,7 +100,7 @@ def test_images_and_targets_keep_their_kind(name: str, channels: int) -> None:
     assert (images.shape, images.dtype) == (seen.images.shape, seen.images.dtype)
     batch = jnp.asarray(seen.images[:10], jnp.float32) / 255
     targets = jax.nn.one_hot(seen.labels[:10], 4)
-    moved, blended = defense.augment(batch, targets, jax.random.key(0), lambda x: (x**2).sum())
+    moved, blended = defense.augment(batch, targets, jax.random.key(0), lambda x, y: (x**2).sum())
     assert (moved.shape, moved.dtype) == (batch.shape, batch.dtype)
     assert (blended.shape, blended.dtype) == (targets.shape, targets.dtype)
     np.testing.assert_allclose(blended.sum(1), 1, atol=1e-6)
@@ -124,7 +128,7 @@ def test_it_composes_with_mixup_or_says_that_it_cannot(name: str) -> None:
         with pytest.raises(UserError, match="once"):
             built(name, "mixup")
         return
-    if defenses.load(name).train is not Defense.train:
+    if defenses.load(name).replaces_training():
         with pytest.raises(UserError, match="cannot be combined"):
             built(name, "mixup")
         return
@@ -141,16 +145,122 @@ def test_hyperparameters_are_documented(name: str) -> None:
 # ------------------------------------------------------------------ the order of what is kept
 
 
-def test_what_is_dropped_is_never_seen_and_the_rest_keeps_its_order() -> None:
+def test_what_is_dropped_is_never_seen_and_the_rest_stays_where_it_is() -> None:
     order = np.random.default_rng(0).permuted(np.tile(np.arange(12), (3, 1)), axis=1).reshape(9, 4)
     weights = np.ones(12)
     weights[[0, 5, 7]] = 0
     left = defended._without(order, weights, jax.random.key(0))
     assert left.shape == order.shape
     assert not np.isin(left, [0, 5, 7]).any()
-    first = order.ravel()[~np.isin(order.ravel(), [0, 5, 7])]
-    np.testing.assert_array_equal(left.ravel()[: len(first)], first)
-    assert len(np.unique(left)) == 9
+    stays = ~np.isin(order, [0, 5, 7])
+    np.testing.assert_array_equal(left[stays], order[stays])
+    assert len(np.unique(left[~stays])) == 9  # nine places, nine others, without replacement
+
+
+class Whitening(Defense):
+    """Every image is white."""
+
+    def preprocess(self, view: View, key: Array) -> np.ndarray:
+        return np.full_like(view.images, 255)
+
+
+class Noticing(Defense):
+    """Remembers what it was shown."""
+
+    def __init__(self, trusted: int) -> None:
+        self.trusted = trusted
+        self.seen: list[View] = []
+
+    def filter(self, view: View, key: Array) -> None:
+        self.seen.append(view)
+
+
+def test_victims_train_on_what_preprocessing_gives() -> None:
+    test = split(20, 1, 2)
+    bare = defended.train_and_score(Composed(()), view("none"), keys(0, 1), *test)
+    white = defended.train_and_score(Composed((Whitening(),)), view("none"), keys(0, 1), *test)
+    assert not np.array_equal(bare.by_epoch, white.by_epoch)
+    by_hand = replace(view("none"), images=np.full_like(view("none").images, 255))
+    same = defended.train_and_score(Composed(()), by_hand, keys(0, 1), *test)
+    np.testing.assert_array_equal(white.by_epoch, same.by_epoch)
+
+
+def test_seeds_with_images_of_their_own_are_as_alone() -> None:
+    """Grouped or not, a seed's victim is the same."""
+    defense, seen, test = built("friendly_noise"), view("friendly_noise"), split(20, 1, 2)
+    both = defended.train_and_score(defense, seen, keys(0, 1), *test)
+    alone = [defended.train_and_score(defense, seen, keys(seed), *test) for seed in (0, 1)]
+    np.testing.assert_array_equal(both.by_epoch, np.concatenate([a.by_epoch for a in alone]))
+
+
+def test_each_sees_what_it_would_see_alone() -> None:
+    one, other = Noticing(3), Noticing(4)
+    oracle = defenses.build("oracle").defenses[0]
+    together = Composed((one, oracle, other), ("one", "oracle", "other"))
+    trusted = split(7, 1, seed=1)
+    told = np.arange(40) < 4
+    seen = View(*split(40, 1), 4, RECIPE, 4, *trusted, told)
+    assert together.trusted == 7
+    together.filter(seen, jax.random.key(0))
+    for mine, rows in ((one, slice(0, 3)), (other, slice(3, 7))):
+        (shown,) = mine.seen
+        assert shown.poisoned is None
+        np.testing.assert_array_equal(shown.trusted_images, trusted[0][rows])
+        np.testing.assert_array_equal(shown.trusted_labels, trusted[1][rows])
+
+
+@pytest.mark.parametrize("mode", ["replace", "add"])
+def test_the_harness_tells_no_more_than_it_may(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by a word nor by the order of the images, which nobody may write to."""
+    images, labels = split(40, 1)
+    spec = DataSpec(name="digits", val_size=20)
+    dataset = Dataset(spec, images, labels, *split(20, 1, 1), *split(20, 1, 2), ("a", "b", "c", "d"))
+    budget = Budget.model_validate({"fraction": 0.1, "mode": mode})
+    rows = np.array([3, 9, 22, 31])
+    white = np.full((4, 8, 8, 1), 255, np.uint8)
+    poison = PoisonSet(rows, white, labels[rows], budget, content_hash(images, labels))
+    spy = Noticing(5)
+    monkeypatch.setattr(defenses, "sources", lambda _: "")
+    monkeypatch.setattr(defenses, "config", lambda _: {})
+    harness.evaluate(dataset, poison, {"smooth": RECIPE}, [0, 1], defense=Composed((spy,), ("spy",)))
+    poisoned = [shown for shown in spy.seen if (shown.images == 255).all((1, 2, 3)).any()]
+    assert len(poisoned) == 2
+    for shown in spy.seen:
+        assert shown.poisoned is None
+        assert not any(a.flags.writeable for a in (shown.images, shown.labels, shown.trusted_images))
+        assert len(shown.trusted_labels) == 5
+    where = np.flatnonzero((poisoned[0].images == 255).all((1, 2, 3)))
+    assert len(where) == 4
+    assert where.tolist() != list(range(40, 44)), "poison that was added comes last"
+
+
+def test_what_cannot_work_is_refused_beforehand() -> None:
+    defenses.build("spectral").require(RECIPE, 40, 4, 20)
+    with pytest.raises(UserError, match="less than a batch of 10: lower --fraction"):
+        defenses.build("spectral").require(RECIPE, 40, 40, 20)
+    with pytest.raises(UserError, match="less than a batch"):
+        defenses.build("oracle").require(RECIPE, 40, 40, 20)
+    with pytest.raises(UserError, match="needs 100 trusted images, and validation data has 20"):
+        defenses.build("early_stop").require(RECIPE, 40, 4, 20)
+    with pytest.raises(UserError, match="10 cannot be cut into 3"):
+        defenses.build("dp_sgd", ["dp_sgd.parts=3"]).require(RECIPE, 40, 4, 20)
+
+
+def test_revisions_that_leave_nothing_are_refused() -> None:
+    class Dropping(Defense):
+        every = 1
+
+        def revise(self, view: View, victim: object, epoch: int, weights: np.ndarray) -> np.ndarray:
+            left = np.flatnonzero(weights)
+            return view.without(left[: len(left) // 2 + 1])
+
+    with pytest.raises(UserError, match="drops every image"):
+        defended.train_and_score(
+            Composed((Dropping(),)),
+            replace(view("none"), recipe=RECIPE.replace(epochs=12)),
+            keys(0),
+            *split(20, 1, 2),
+        )
 
 
 def test_a_defence_that_does_nothing_changes_nothing() -> None:
@@ -174,16 +284,10 @@ def test_a_defence_that_does_nothing_changes_nothing() -> None:
         defended.train_and_score(Composed((Weighing(float("nan")),)), seen, keys(0), *test)
 
 
-def test_parts_must_divide_a_batch() -> None:
-    with pytest.raises(UserError, match="10 cannot be cut into 3"):
-        defended.train_and_score(
-            defenses.build("dp_sgd", ["dp_sgd.parts=3"]), view("dp_sgd"), keys(0), *split(20, 1)
-        )
-
-
 def test_the_picked_epoch_stays() -> None:
     test = np.array([[10.0, 50, 30, 20]])
-    picked = defended._picked(test, np.array([[1.0, 2, 9, 9]]), built("early_stop").pick)
+    right = np.arange(8)[None, None] < np.array([1, 2, 7, 7])[None, :, None]
+    picked = defended._picked(test, right, built("early_stop").pick)
     assert picked.tolist() == [[10, 50, 30, 30]]
     assert test[0, 3] == 20
 
@@ -199,6 +303,7 @@ def test_the_picked_epoch_stays() -> None:
         ("mixup", ["mixup.alfa=2"], "did you mean --alpha"),
         ("mixup", ["mixup.alpha=0"], "mixup.alpha must be above 0"),
         ("dpa,mixup", [], "cannot be combined"),
+        ("epic,dp_sgd", ["epic.every=0"], "every must be at least 1"),
     ],
 )
 def test_bad_input(text: str, typed: list[str], message: str) -> None:

@@ -102,6 +102,7 @@ def test_nothing_lost_is_nothing_to_win(tmp_path: Path) -> None:
 def test_without_a_twin_a_record_is_left_out(tmp_path: Path, change: dict[str, Any]) -> None:
     put(tmp_path, make("mgd", 10.0), make("mgd", 4.0, defense="spectral", **change))
     assert found(tmp_path) == []
+    assert "## Defended records that stand in no table" in page(tmp_path)
 
 
 def test_defended_records_stand_in_no_table_of_attacks(tmp_path: Path) -> None:
