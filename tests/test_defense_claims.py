@@ -12,8 +12,8 @@ Claims tested here:
   the victim says less than as much random noise does;
 - `dp_sgd` moves by no more than its clip, however large a part's gradient;
 - `epic` finds the isolated; its medoids are those of a hand-made example;
-- `dpa`: where an image goes depends on itself alone, and one more changes one part's training alone; the certificate is the largest that brute force
-  cannot break, and no change of so many votes breaks it;
+- `dpa`: where an image goes depends on itself alone, and one more changes one part's training alone;
+  the certificate is the largest that brute force cannot break, and no change of so many votes breaks it;
 - `metagradient_weights` follows the exact gradient by the weights, which finite differences agree with,
   and takes weight from mislabelled images.
 

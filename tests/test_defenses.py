@@ -5,8 +5,8 @@ Claims tested for each defence, on images of one channel and of three:
 - the same keys give the same scores and weights, and another key another victim;
 - weights are finite, not negative, and never all zero; images keep shape and dtype; in a step, images
   and targets keep theirs, and targets stay distributions;
-- it is never told which points are poisoned, unless it is the oracle, of which there is one, neither by a
-  word nor by their order, nor given images that it does not declare, whatever it is composed with;
+- it is never told which points are poisoned, unless it is the oracle, of which there is one, neither by
+  a word nor by their order, nor given images that it does not declare, whatever it is composed with;
 - what cannot work is refused before anything is trained;
 - test images make no difference to what it does;
 - it composes with mixup, or replaces training and says that it cannot;
