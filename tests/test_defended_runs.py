@@ -1,0 +1,96 @@
+"""A defended run measures the undefended run's poison, and leaves that run alone.
+
+Claims of `poisonbench.runs` and of the command line tested here:
+
+- the poison is crafted once, whatever defends its victims; what each defence scored lies in a folder of
+  its own, named after it, with the defence and its options in the record;
+- `fresh` measures the defended victims anew, and touches nothing of the undefended run;
+- other options or other code of a defence are another folder;
+- what a filter dropped is counted: all of the poison and nothing else for the oracle;
+- a certificate of `dpa` is recorded, and not violated;
+- what cannot work is refused before anything is written.
+
+Runs are tiny: 100 digits, a ResNet-9 of width 2, one epoch, two seeds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from poisonbench import attacks, defenses, runs, setting
+from poisonbench.errors import UserError
+from poisonbench.runs import Request
+
+
+def request(
+    defense: str | None = None, *options: str, attack: str = "label_flip", **game: Any
+) -> Request:
+    chosen = setting.resolve(
+        track=None, dataset=None, data_dir=None,
+        sizes={"train_size": 100, "val_size": 50, "test_size": 50},
+        **{"fraction": 0.1, "labels": "free", "radius": None, **game},
+        overrides=["width=2", "epochs=1", "batch_size=50"], seeds=2, defense=defense,
+        defense_options=options,
+    )  # fmt: skip
+    return Request(chosen, attack, attacks.build(attack, []), 0, "poisonbench run")
+
+
+def test_one_poison_and_a_folder_for_each_defence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = runs.run(request(), tmp_path)
+    before = {path: path.read_bytes() for path in bare.folder.iterdir()}
+    monkeypatch.setattr("poisonbench.attacks.label_flip.random_flips", lambda *_: pytest.fail("again"))
+    guarded = runs.run(request("oracle,mixup", "mixup.alpha=0.5"), tmp_path)
+    assert guarded.folder.parent == bare.folder.parent
+    assert guarded.folder.name.startswith(f"{bare.folder.name}-oracle+mixup-")
+    record = guarded.record
+    assert record.poison_hash == bare.record.poison_hash
+    assert (record.defense, bare.record.defense) == ("oracle+mixup", "none")
+    assert record.defense_config == {"oracle": {}, "mixup": {"alpha": 0.5}}
+    assert record.crafting_seconds == bare.record.crafting_seconds
+    for victim in record.victims:
+        assert victim.filtering is not None
+        assert victim.filtering.clean_run == [0, 0]
+        assert victim.filtering.poisoned_run == victim.filtering.poison == [10, 10]
+
+    again = runs.run(request("oracle,mixup", "mixup.alpha=0.5"), tmp_path, fresh=True)
+    assert again.record.victims == record.victims
+    assert {path: path.read_bytes() for path in bare.folder.iterdir()} == before
+
+    other = runs.run(request("oracle,mixup"), tmp_path)
+    monkeypatch.setattr(defenses, "sources", lambda _: "changed")
+    changed = runs.run(request("oracle,mixup"), tmp_path)
+    assert len({guarded.folder, other.folder, changed.folder}) == 3
+    target = runs.publish(guarded.folder, tmp_path / "results")
+    assert target.parent == tmp_path / "results" / "digits" / "label_flip" / "oracle+mixup"
+
+
+def test_a_certificate_is_recorded_and_holds(tmp_path: Path) -> None:
+    record = runs.run(request("dpa", "dpa.k=3", fraction=0.01), tmp_path).record
+    for victim in record.victims:
+        assert victim.certificate is not None
+        assert victim.certificate.changes == 2
+        assert victim.certificate.violations == 0
+        curve = victim.certificate.curve
+        assert curve == sorted(curve, reverse=True)
+        assert curve[0] == pytest.approx(sum(victim.clean) / 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "game", "message"),
+    [
+        (["early_stop", "early_stop.trusted=51"], {}, "needs 51 trusted images"),
+        (["dp_sgd", "dp_sgd.parts=7"], {}, "50 cannot be cut into 7"),
+        (["spectral"], {"fraction": 0.5}, "less than a batch of 50: lower --fraction"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    words: list[str], game: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        runs.run(request(*words, **game), tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
