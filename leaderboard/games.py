@@ -23,6 +23,8 @@ from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import ranks
 from poisonbench.tracks import TRACKS
 
+LATER = {"differentiated": 1.0}
+"""Options that attacks were given later, with the values that they had in effect before."""
 FLIPS = ("label_flip (spread=random)", "label_flip (spread=concentrated)")
 
 
@@ -234,8 +236,7 @@ def _telling_options(group: list[Record]) -> dict[str, set[str]]:
         if any(each.get("against") for each in several):
             telling[attack].add("against")  # an adaptive attack is never taken for its twin
         for name in set[str]().union(*several):
-            # A record from before there was an option has nothing to tell of it.
-            if len({canonical(each[name]) for each in several if name in each}) > 1:
+            if len({canonical(each.get(name, LATER.get(name))) for each in several}) > 1:
                 telling[attack].add(name)
     return telling
 

@@ -154,6 +154,7 @@ def training_loss(task: Task, clean: TrainedVictim, weights: Any) -> float:
     return float(clean.loss(weights, images, jnp.asarray(task.train_labels), ones)) / len(images)
 
 
+@pytest.mark.slow
 def test_targets_do_worse_with_their_radius(task: Task, clean: TrainedVictim) -> None:
     radii = gradcancel.RADII["all"]
     targets = [gradcancel._grad_pc(clean, task, radius, KEY) for radius in radii]

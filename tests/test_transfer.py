@@ -98,6 +98,7 @@ def test_other_poison_and_other_data_are_refused(
         transfer.measure(tmp_path / "nowhere", None, tmp_path, "")
 
 
+@pytest.mark.slow
 def test_every_victim_differs_and_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     for track in TRACKS.values():
