@@ -134,7 +134,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize(
-    "budget", GAMES, ids=lambda b: f"{b.mode}-{b.labels}-{b.pixels.kind}-{b.fraction:g}"
+    "budget", SOME, ids=lambda b: f"{b.mode}-{b.labels}-{b.pixels.kind}-{b.fraction:g}"
 )
 def test_within_budget_deterministic_and_storable(
     name: str, budget: Budget, dataset: Dataset, tmp_path: Path
