@@ -23,7 +23,7 @@ from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import ranks
 from poisonbench.tracks import TRACKS
 
-LATER = {"differentiated": 1.0}
+LATER = {"against": "", "differentiated": 1.0}
 """Options that attacks were given later, with the values that they had in effect before."""
 FLIPS = ("label_flip (spread=random)", "label_flip (spread=concentrated)")
 
