@@ -41,13 +41,22 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs() -> Iterator[None]:
-    """Let go of compiled programs after each file.
-
-    Each takes mappings of memory, of which Linux allows a process 65,530; a hundred tests of attacks
-    take half of them, and past the limit the compiler aborts the process.
-    """
+    """Let go of compiled programs after each file, whose tests share them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def forget_many_programs() -> Iterator[None]:
+    """Let go of them before there are too many.
+
+    Each takes mappings of memory, of which Linux allows a process 65,530; past the limit the compiler
+    takes the process down. Elsewhere there is nothing to count.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

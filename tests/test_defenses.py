@@ -73,7 +73,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_deterministic_and_within_its_rules(name: str, channels: int) -> None:
     seen = view(name, channels)
     before = seen.images.copy()
@@ -111,6 +111,7 @@ def test_the_oracle_alone_is_told() -> None:
     assert sum(defenses.load(name).sees_poison for name in defenses.names()) == 1
 
 
+@pytest.mark.slow
 def test_test_images_make_no_difference(name: str) -> None:
     """White images of classes that there are not are always wrong: the others score as they do alone."""
     seen, (images, labels) = view(name), split(20, 1, 2)
@@ -123,6 +124,7 @@ def test_test_images_make_no_difference(name: str) -> None:
         np.testing.assert_array_equal(alone.weights, mixed.weights)
 
 
+@pytest.mark.slow
 def test_it_composes_with_mixup_or_says_that_it_cannot(name: str) -> None:
     if name == "mixup":
         with pytest.raises(UserError, match="once"):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from poisonbench.victim.recipe import Recipe
 PyTree = Any
 
 
+@runtime_checkable
 class Guard(Protocol):
     """What a defence does in a step; hashable. See `poisonbench.defenses.Defense`."""
 
