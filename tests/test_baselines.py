@@ -69,6 +69,7 @@ def test_a_pair_measures_the_metagradient_along_its_perturbation(task: Task) -> 
     assert measured != pytest.approx(other, rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_share_of_the_run_is_differentiated(task: Task) -> None:
     """As if what came before had not known of the poison, and no other gradient."""
     chosen = flips.chosen_at_random(task, KEY)
