@@ -1,0 +1,46 @@
+"""Options of the command line that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AttackOption = Annotated[str, typer.Option(help="Attack to craft with; see `poisonbench list`.")]
+TrackOption = Annotated[
+    str | None, typer.Option(help="Preset of data, budget and victims. [default: by data set]")
+]
+DatasetOption = Annotated[str | None, typer.Option(help="`digits` or `tfds:<name>`.")]
+DataDirOption = Annotated[str | None, typer.Option(help="TFDS data directory. [default: TFDS's own]")]
+TrainSizeOption = Annotated[int | None, typer.Option(min=1, help="Training images.")]
+ValSizeOption = Annotated[int | None, typer.Option(min=1, help="Validation images.")]
+TestSizeOption = Annotated[int | None, typer.Option(min=1, help="Test images.")]
+ResolutionOption = Annotated[
+    int | None, typer.Option(min=1, help="Side of the images, by area averaging.")
+]
+SplitSeedOption = Annotated[
+    int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the data split.")
+]
+FractionOption = Annotated[
+    float | None, typer.Option(help="Share of the training set that may be poisoned.")
+]
+LabelsOption = Annotated[str | None, typer.Option(help="`fixed` or `free`.")]
+RadiusOption = Annotated[
+    int | None, typer.Option(help="Largest change of a pixel, in 8-bit levels. [default: any]")
+]
+ModeOption = Annotated[
+    str | None, typer.Option(help="`replace` clean images by poison, or `add` it beside them.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override a recipe: `width=32` for all, `smooth.width=32` for one. Repeatable.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the attack.")]
+SeedsOption = Annotated[int | None, typer.Option(help="Evaluation seeds per recipe, at least 2.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for runs.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
