@@ -19,7 +19,7 @@ import poisonbench.victim.recipe  # noqa: F401
 install_import_hook(["poisonbench", "attacks", "defenses"], "beartype.beartype")
 
 # Most of a run's time goes into compiling small programs once. What is tested is their arithmetic, not
-# the speed of the machine code, so it is not optimised, unless flags are given (`XLA_FLAGS=" "`: none).
+# the speed of the machine code, so it is not optimised, unless flags are given in the environment.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from poisonbench import compute  # noqa: E402

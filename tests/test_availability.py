@@ -89,6 +89,7 @@ def test_a_descent_stays_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> N
     assert np.mean(np.abs(descended(16) - moved) > 1e-6) < 0.02
 
 
+@pytest.mark.slow
 def test_error_minimising_noise_is_easy() -> None:
     task = problem()
     poison, journal = crafted("error_min")
@@ -154,6 +155,7 @@ def test_the_pattern_tells_the_class() -> None:
     assert len(np.unique(moved[0])) > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_victims_learn_less(name: str) -> None:
     task = problem()

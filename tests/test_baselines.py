@@ -11,8 +11,8 @@ Claims tested here, each with a control that fails:
 - `gradcancel` cancels more of the gradient than the images it starts from do, and what it states as
   left is what is left, summed image by image;
 - GradPC's targets do worse on the training set the larger their radius, and stay within it;
-- the first poison of `tgda` is the clean images, within a hundredth of the range; a leader that moves
-  leaves its follower worse off than one that stands still, and one that is told to help, better;
+- the first poison of `tgda` is the clean images, within a hundredth of the range, and a leader that
+  moves leaves its follower worse off than one that stands still;
 - confident flips are of the images that victims are surest of, and give them the least likely class.
 
 The problem: 100 digits of 8×8, a ResNet-9 of width 4, eight epochs.
@@ -107,6 +107,7 @@ def test_no_attack_is_made_against_what_it_cannot_go_through() -> None:
         attacks.build("es", [("against", "mixpu")])
 
 
+@pytest.mark.slow
 def test_a_share_of_the_run_is_differentiated(task: Task) -> None:
     """As if what came before had not known of the poison, and no other gradient."""
     chosen = flips.chosen_at_random(task, KEY)
@@ -208,9 +209,9 @@ def test_too_few_poisons_cannot_cancel(task: Task) -> None:
     assert row["gradient_left"] > 0.1
 
 
-def played(task: Task, *, direction: float, rounds: int = 12) -> tuple[Any, float]:
-    """The first poison, and the follower's held-out loss after a leader's steps in a direction."""
-    attack = tgda.TGDA(rounds=rounds, leader_rate=0.05 * abs(direction), follower_steps=5)
+def played(task: Task, *, rate: float, rounds: int = 12) -> tuple[Any, float]:
+    """The first poison, and the follower's held-out loss after a leader's steps."""
+    attack = tgda.TGDA(rounds=rounds, leader_rate=rate, follower_steps=5, follower_rate=0.02)
     chosen = flips.chosen_at_random(task, KEY)
     problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
     game = tgda._Game(
@@ -222,20 +223,15 @@ def played(task: Task, *, direction: float, rounds: int = 12) -> tuple[Any, floa
     players = (theta, optax.adam(0.1).init(theta), game.victim.weights)
     first = np.asarray(game.poison(theta)) - task.train_images[chosen.indices] / np.float32(255)
     for i in range(rounds):
-        before = players[0]
         players, _ = tgda._round(attack, game, players, jax.random.fold_in(KEY, i))
-        if direction < 0:
-            back = jax.tree.map(lambda old, new: 2 * old - new, before, players[0])
-            players = (back, *players[1:])
     return first, float(game.climbed(players[2], jnp.arange(len(game.truth))))
 
 
 @pytest.mark.slow
 def test_a_leader_leads(task: Task) -> None:
-    (first, still), (_, up), (_, down) = (played(task, direction=d) for d in (1e-6, 1, -1))
+    (first, still), (_, up) = (played(task, rate=rate) for rate in (1e-8, 0.05))
     assert np.abs(first).max() <= 0.0101
     assert up > still + 0.001
-    assert down < still - 0.001
 
 
 def test_confident_flips(task: Task) -> None:

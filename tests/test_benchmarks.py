@@ -70,6 +70,7 @@ def test_every_way_gives_the_same_gradient(way: ways.Way, x64: None) -> None:
     assert 0 < _away(single, gradient) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_track_is_counted_from_its_shapes() -> None:
     problem = problems.make(NET)
     counted = count(problem)
