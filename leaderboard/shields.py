@@ -1,7 +1,7 @@
 """Defences: what each wins back of each attack, and what it costs where there is none.
 
-A defended record is held against the undefended one of the same poison, seed by seed: with C and P the
-accuracy of clean and of poisoned victims and a prime for the defended ones,
+A defended record is held against the undefended one of the same poison, seed by seed, as many of them as
+the defended one has, which may be fewer: defences are many, and some train slowly. With C and P the accuracy of clean and of poisoned victims and a prime for the defended ones,
 
     price = C - C',    won back = (P' - P) / (C - P),
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from poisonbench.tracks import TRACKS
 from .games import Game, Row, canonical, telling_name
 
 CONTROLS = ("none", "oracle", "random_filter")
+FEWEST = 5
+"""Pairs of victims below which a defended record stands in no table."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ class Siege:
     attacks: list[str]
     defenses: list[str]
     cells: dict[tuple[str, str], Cell]
+
+    @property
+    def pairs(self) -> str:
+        """How many pairs of victims the cells rest on."""
+        several = sorted({cell.price.n for cell in self.cells.values()})
+        return " to ".join(str(n) for n in several[:: max(1, len(several) - 1)])
 
     def shown(self, attack: str, defense: str) -> str:
         """A cell of the page: accuracy left, and share won back."""
@@ -146,8 +155,9 @@ def _belongs(record: Record, row: Row | None) -> bool:
     twin = {v.recipe_name: v for v in row.record.victims}
     return record.track in TRACKS and all(
         v.recipe_name in twin
+        and len(v.seeds) >= FEWEST
         and (v.seeds, canonical(v.whole_recipe))
-        == (twin[v.recipe_name].seeds, canonical(twin[v.recipe_name].whole_recipe))
+        == (twin[v.recipe_name].seeds[: len(v.seeds)], canonical(twin[v.recipe_name].whole_recipe))
         for v in record.victims
     )
 
@@ -171,13 +181,18 @@ def _siege(game: Game, rows: dict[str, Row], several: list[tuple[Path, Record]],
         name = names[row.record.poison_hash]
         cell = _cell(record, folder.relative_to(results).as_posix(), row, name, defense, scores, judge)
         older = cells.get((name, defense))
-        if older is None or older.record.created <= record.created:  # measured again
+        if older is None or _weight(older.record) <= _weight(record):
             cells[name, defense] = cell
     order = [names[row.record.poison_hash] for row in game.ranked]
     return Siege(
         game, judge, [name for name in order if any(attack == name for attack, _ in cells)],
         sorted({defense for _, defense in cells}, key=lambda name: (name not in CONTROLS, name)), cells,
     )  # fmt: skip
+
+
+def _weight(record: Record) -> tuple[int, datetime]:
+    """Of two records of one cell the one with more seeds is shown, or else the later one."""
+    return min(len(v.seeds) for v in record.victims), record.created
 
 
 def _cell(
@@ -189,20 +204,20 @@ def _cell(
     scores: VictimScores,
     judge: str,
 ) -> Cell:
-    bare = row.scores(judge)
-    lost = np.subtract(bare.clean, bare.poisoned)
-    won = np.subtract(scores.poisoned, bare.poisoned)
+    bare, number = row.scores(judge), len(scores.seeds)
+    clean, poisoned = bare.clean[:number], bare.poisoned[:number]
+    lost = np.subtract(clean, poisoned)
+    won = np.subtract(scores.poisoned, poisoned)
     sure = mean_interval(lost.tolist()).low > 0
     precision = recall = clean_lost = None
     if (filtering := scores.filtering) is not None:
         dropped, poison = sum(filtering.poisoned_run), sum(filtering.poison)
         precision = poison / dropped if dropped else None
-        number = record.num_poison * len(scores.seeds)
-        recall = poison / number if number else None
-        clean_lost = (dropped - poison) / len(scores.seeds)
+        recall = poison / (record.num_poison * number) if record.num_poison else None
+        clean_lost = (dropped - poison) / number
     return Cell(
         record, folder, name, defense, mean_interval(scores.poisoned),
-        paired_drop(bare.clean, scores.clean),
+        paired_drop(clean, scores.clean),
         ratio_interval(won.tolist(), lost.tolist()) if sure else None,
         precision, recall, clean_lost,
     )  # fmt: skip

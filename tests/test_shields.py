@@ -17,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_leaderboard import DIGITS, make, page, put, rows
@@ -92,7 +93,7 @@ def test_nothing_lost_is_nothing_to_win(tmp_path: Path) -> None:
     [
         {"poison_hash": "e" * 64},
         {"hashes": {"train": "b" * 64, "val": "a" * 64, "test": "a" * 64}},
-        {"seeds": SEEDS - 1},
+        {"seeds": 4},
         {"recipes": {"smooth": {**DIGITS.recipes["smooth"].as_dict(), "width": 17}}},
         {"status": "invalid", "remark": "x"},
         {"track": "cifar10-small"},
@@ -103,6 +104,21 @@ def test_without_a_twin_a_record_is_left_out(tmp_path: Path, change: dict[str, A
     put(tmp_path, make("mgd", 10.0), make("mgd", 4.0, defense="spectral", **change))
     assert found(tmp_path) == []
     assert "## Defended records that stand in no table" in page(tmp_path)
+
+
+def test_fewer_seeds_are_held_against_as_many_of_the_twin(tmp_path: Path) -> None:
+    bare, defended = make("mgd", 10.0, 2.0), make("mgd", 4.0, 2.0, defense="spectral", seeds=5)
+    put(tmp_path, bare, defended)
+    (siege,) = found(tmp_path)
+    cell = siege.cells["mgd", "spectral"]
+    one, other = bare.victims[0], defended.victims[0]
+    assert cell.price.n == 5
+    assert cell.price.mean == pytest.approx(np.subtract(one.clean[:5], other.clean).mean())
+    lost = np.subtract(one.clean[:5], one.poisoned[:5]).mean()
+    won = np.subtract(other.poisoned, one.poisoned[:5]).mean()
+    assert cell.won_back.mean == pytest.approx(won / lost)
+    put(tmp_path, make("mgd", 4.0, 2.0, defense="spectral"))  # older, and of all seeds
+    assert found(tmp_path)[0].cells["mgd", "spectral"].price.n == SEEDS
 
 
 def test_defended_records_stand_in_no_table_of_attacks(tmp_path: Path) -> None:
