@@ -1,7 +1,8 @@
 """Defences: what each wins back of each attack, and what it costs where there is none.
 
-A defended record is held against the undefended one of the same poison, seed by seed, as many of them as
-the defended one has, which may be fewer: defences are many, and some train slowly. With C and P the accuracy of clean and of poisoned victims and a prime for the defended ones,
+A defended record is held against the undefended one of the same poison, seed by seed, for as many seeds
+as it has, which may be fewer: defences are many, and some train slowly. With C and P the accuracy of
+clean and of poisoned victims and a prime for the defended ones,
 
     price = C - C',    won back = (P' - P) / (C - P),
 
