@@ -158,6 +158,11 @@ class VictimScores(Frozen):
         return {**Recipe().as_dict(), **self.recipe}
 
     @property
+    def drops(self) -> list[float]:
+        """Accuracy lost after the last epoch, in points, seed by seed."""
+        return [clean - poisoned for clean, poisoned in zip(self.clean, self.poisoned, strict=True)]
+
+    @property
     def drop(self) -> Interval:
         """Accuracy lost after the last epoch, in points."""
         return paired_drop(self.clean, self.poisoned)

@@ -23,6 +23,8 @@ from pydantic import BaseModel, ConfigDict
 from poisonbench.errors import UserError
 
 CONFIDENCE = 0.95
+CERTAIN = 0.99
+"""Of what is held against somebody: a claim that one honest author in two hundred would see flagged."""
 
 
 class Interval(BaseModel):
@@ -80,6 +82,26 @@ def paired_drop(clean: Sequence[float], poisoned: Sequence[float]) -> Interval:
 def ranks(intervals: Sequence[Interval]) -> list[int]:
     """Each interval's rank, from 1 for the highest; ties share a rank."""
     return [1 + sum(other.above(mine) for other in intervals) for mine in intervals]
+
+
+def difference_interval(
+    sample: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE
+) -> Interval:
+    """Welch's interval for the difference of two means, of samples that are not paired.
+
+    Raises:
+        UserError: fewer than two values in one of them.
+    """
+    from scipy import stats
+
+    if min(len(sample), len(other)) < 2:
+        raise UserError("an interval needs at least 2 seeds: one accuracy alone is never a result")
+    x, y = np.asarray(sample, np.float64), np.asarray(other, np.float64)
+    difference = float(x.mean() - y.mean())
+    if x.std() == y.std() == 0:  # of which no interval can be made but a point
+        return Interval(mean=difference, low=difference, high=difference, n=min(len(x), len(y)))
+    ends = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
+    return Interval(mean=difference, low=float(ends.low), high=float(ends.high), n=min(len(x), len(y)))
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval | None:
