@@ -8,7 +8,8 @@ Attacks on Deep Neural Networks by Activation Clustering", 2018, https://arxiv.o
 independent components, and a part is suspect where it holds less than 35 % of the class.
 
 What is left open, and how it is settled here: independent components need not converge on so few images;
-principal ones, whitened, take their place.
+principal ones take their place, not whitened, which would make as much of the last of them as of the one
+along which a part stands apart.
 
 Cost: one victim training, and a clustering for each class.
 """
@@ -56,7 +57,7 @@ class ActivationClustering(Defense):
             count = min(self.components, len(members) - 1, features.shape[1])
             if count < 1:
                 continue
-            reduced = PCA(count, whiten=True, random_state=seed).fit_transform(features[members])
+            reduced = PCA(count, random_state=seed).fit_transform(features[members])
             part = KMeans(2, n_init=10, random_state=seed).fit_predict(reduced)
             small = int(part.sum() * 2 < len(part))
             if np.mean(part == small) < self.threshold:

@@ -11,7 +11,8 @@ noise within 8/255.
 
 What is left open, and how it is settled here: the paper finds the noise after five epochs of a long run;
 here it is found for a victim of a whole run, and another one then trains from scratch. The descent is by
-Adam.
+Adam. At each of its steps the noise is cut to what leaves pixels in their range, so that what was found
+is what is trained on.
 
 Cost: one victim training, and `steps` forward and backward passes over the set.
 """
@@ -67,7 +68,7 @@ class FriendlyNoise(Defense):
                 jax.random.uniform(jax.random.fold_in(draw, i), images.shape, minval=-1) * radius / 10
             )
             friendly = _friendly(victim, images, start, radius, jnp.float32(self.weight), self.steps)
-            part = np.rint(np.clip(friendly, 0, 1) * 255).astype(np.uint8)
+            part = np.rint(np.asarray(friendly) * 255).astype(np.uint8)
             moved[i : i + CHUNK] = part[: len(moved) - i]
         return moved
 
@@ -103,7 +104,8 @@ def _friendly(
     def one_step(_: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         noise, state = carry
         updates, state = adam.update(jax.grad(unfriendliness)(noise), state)
-        return jnp.clip(noise + updates, -radius, radius), state
+        noise = jnp.clip(noise + updates, -radius, radius)
+        return jnp.clip(images + noise, 0, 1) - images, state
 
     noise, _ = jax.lax.fori_loop(0, steps, one_step, (noise, adam.init(noise)))
     return images + noise

@@ -2,7 +2,7 @@
 
 With w the weights of the training images in the loss and A(w, ω) the victim after a whole training run,
 
-    g = ∇_w φ(A(w, ω)),    w ← max(0, w - η m ⊙ sign(g)),    m_i ~ Bernoulli(p),
+    g = ∇_w φ(A(w, ω)),    w ← max(0, w - η clip((g - median g) / rms g, -2, 2)),
 
 φ the loss on trusted images, exact and through every step of training, with a fresh ω at each metastep.
 An image that harms what is trusted loses its weight. The attack's own engine, turned round.
@@ -11,13 +11,19 @@ Paper: Engstrom et al., "Optimizing ML Training with Metagradient Descent", 2025
 https://arxiv.org/abs/2503.13751, which selects data so, by counts; nobody seems to have defended with
 it.
 
-What is left open, and how it is settled here:
+What is left open, and how it is settled here. Figures are shares of pairs in which a mislabelled image
+ends with less weight than a right one, over three seeds of 20 metasteps on 200 digits of which a tenth
+is mislabelled; chance is 50 %.
 
 - *Weights, not counts*, from 1 for every image, so that a weight is learnt in steps smaller than an
   image.
-- *The step* falls linearly to a tenth; a weight below a half of one step at the end is zero.
-- *Trusted images are few*, and weights are many: the mask keeps any one metastep from fitting them
-  all.
+- *Size, not sign alone.* The paper moves counts by the sign of g, and masks half of them at random: that
+  gives 78 %. By the size of g, cut so that no image decides, 86 %.
+- *Less the median*, which tells which images are worth less than others, and not how much all of them
+  together should count: as many pairs, and wrong images weigh 0.35 of right ones instead of 0.53.
+- *All weights at each metastep, by half as much*: 93 %. The mask breaks ties between counts, which
+  weights do not have.
+- *The step* falls linearly to a tenth; a weight below a twentieth at the end is zero.
 
 Cost: `steps` metagradients, of three to four victim trainings each.
 """
@@ -38,6 +44,11 @@ from poisonbench.metagradient import NonFiniteError, metagradient
 from poisonbench.victim.evaluation import ValidationLoss
 from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState
 
+LEAST = 0.05
+"""Weight below which an image is left out."""
+TINY = 1e-30
+"""Below any metagradient but zero."""
+
 
 @dataclass(frozen=True)
 class MetagradientWeights(Defense):
@@ -46,26 +57,23 @@ class MetagradientWeights(Defense):
     Attributes:
         trusted: clean images for whose sake weights are learnt.
         steps: metasteps.
-        step_size: of the first, where an image begins with weight 1.
-        share: p, of the weights that a metastep moves.
+        step_size: η of the first, where an image begins with weight 1.
     """
 
     trusted: int = 100
     steps: int = 10
-    step_size: float = 0.4
-    share: float = 0.5
+    step_size: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.trusted < 1 or self.steps < 1 or not self.step_size > 0 or not 0 < self.share <= 1:
+        if self.trusted < 1 or self.steps < 1 or not self.step_size > 0:
             raise UserError(
-                "metagradient_weights: trusted and steps must be at least 1, step_size above 0 and"
-                " share in (0, 1]"
+                "metagradient_weights: trusted and steps must be at least 1, step_size above 0"
             )
 
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
         """The weights after the last metastep, of mean 1 over the images that are left."""
         learnt = self.learnt(view, key)
-        learnt[learnt < self.step_size / 20] = 0
+        learnt[learnt < LEAST] = 0
         return learnt / learnt[learnt > 0].mean() if learnt.any() else learnt
 
     def learnt(
@@ -74,11 +82,11 @@ class MetagradientWeights(Defense):
         """The weights as they come out of the last metastep, float64; `advance` is called after each."""
         weights = jnp.ones(len(view.labels))
         for i in range(self.steps):
-            run_key, mask_key = jax.random.split(jax.random.fold_in(key, i))
-            gradient = weight_metagradient(view, weights, run_key)
+            gradient = weight_metagradient(view, weights, jax.random.fold_in(key, i))
+            apart = gradient - jnp.median(gradient)
+            apart /= jnp.maximum(jnp.sqrt(jnp.square(gradient).mean()), TINY)
             size = self.step_size * (1 - 0.9 * i / self.steps)
-            mask = jax.random.bernoulli(mask_key, self.share, weights.shape)
-            weights = jnp.maximum(0, weights - size * mask * jnp.sign(gradient))
+            weights = jnp.maximum(0, weights - size * jnp.clip(apart, -2, 2))
             advance()
         return np.array(weights, float)
 

@@ -82,7 +82,7 @@ def test_the_judging_half_decides_nothing(
 
 @pytest.mark.slow
 def test_mislabelled_images_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = request(keep=0.7, steps=8, width=4, epochs=8)
+    asked = request(keep=0.7, steps=16, width=4, epochs=8)
     dataset = load(asked.setting.dataset)
     wrong = np.arange(0, 100, 5)
     labels = dataset.train_labels.copy()
