@@ -35,7 +35,7 @@ from poisonbench.errors import UserError
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.tracks import DIGITS
 
-RECIPE = DIGITS.recipes["smooth"].replace(width=2, epochs=4, batch_size=10)
+RECIPE = DIGITS.recipes["smooth"].replace(network="cnn", width=2, epochs=4, batch_size=10)
 CHEAP = {"steps": "2", "trusted": "8", "rounds": "2", "k": "3", "parts": "2"}
 """Values for options of these names, wherever a defence has one, so that the suite is quick."""
 
