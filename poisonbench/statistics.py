@@ -228,9 +228,9 @@ RULES: Mapping[int, Rule] = {
     ),
     2: Rule(
         "Two rows are compared by the differences of their drops, seed by seed, with Student's test, at"
-        " 5 % for the table as a whole (Holm's correction over all its pairs of rows). Where that tells them"
-        " apart, the one that costs more ranks above. A row's rank is one more than the number of rows"
-        " that rank above it; `=` marks a shared one.",
+        " 5 % for the table as a whole (Holm's correction over all its pairs of rows). Where that tells"
+        " them apart, the one that costs more ranks above. A row's rank is one more than the number of"
+        " rows that rank above it; `=` marks a shared one.",
         _above_by_holm,
     ),
 }
