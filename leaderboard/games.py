@@ -20,7 +20,7 @@ from typing import Any
 
 from poisonbench import records, transfer
 from poisonbench.records import Record, VictimScores
-from poisonbench.statistics import ranks
+from poisonbench.statistics import CURRENT, RULES
 from poisonbench.tracks import TRACKS
 
 LATER = {"against": "", "differentiated": 1.0}
@@ -113,8 +113,12 @@ class Game:
     missing: list[str]
 
 
-def read(results: Path) -> list[Game]:
+def read(results: Path, rules: int = CURRENT) -> list[Game]:
     """Every table of the records below a folder: the frozen tracks' in their order, then the others.
+
+    Args:
+        results: the folder.
+        rules: version of the rule that ranks attacks.
 
     Raises:
         UserError: a record is not valid.
@@ -133,7 +137,7 @@ def read(results: Path) -> list[Game]:
         if uses[slug] > 1:  # two headings that a reader or a file system could not tell apart
             mark = hashlib.sha256(key.encode()).hexdigest()[:8]
             title, slug = f"{title} ({mark})", f"{slug}-{mark}"
-        tables.append(_game(title, slug, group, results))
+        tables.append(_game(title, slug, group, results, rules))
     order = list(TRACKS)
     return sorted(
         tables,
@@ -183,7 +187,7 @@ def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", title.lower())[:100].strip("-.")
 
 
-def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path) -> Game:
+def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path, rules: int) -> Game:
     first = group[0][1]
     seeds = {victim.recipe_name: len(victim.seeds) for victim in first.victims}
     recipes = sorted(seeds, key=lambda name: (name != first.surrogate, name))
@@ -202,7 +206,7 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
             transfer=_transfer(folder, record),
         )
         (ranked if record.status == "valid" else set_aside).append(row)
-    ranked = _with_ranks(_with_costs(ranked), recipes[0])
+    ranked = _with_ranks(_with_costs(ranked), recipes[0], rules)
     there = {row.control for row in ranked}
     track = TRACKS.get(first.track)
     others = track.transfer if track else ()
@@ -301,16 +305,17 @@ def one_training(several: Iterable[Record]) -> float:
     return statistics.median(each) if each else 0.0
 
 
-def _with_ranks(rows: list[Row], recipe: str) -> list[Row]:
+def _with_ranks(rows: list[Row], recipe: str, rules: int) -> list[Row]:
     """Valid rows in order of rank, then of drop, name and folder."""
     drops = [row.scores(recipe).drop for row in rows]
-    places = ranks(drops)
+    places = RULES[rules].ranks([row.scores(recipe).drops for row in rows])
+    shared = Counter(places)
     # Rounded, so that the last bit of a machine's floating point does not order two equal drops.
     order = sorted(
         range(len(rows)),
         key=lambda i: (places[i], -round(drops[i].mean, 6), rows[i].name, rows[i].folder),
     )
-    return [replace(rows[i], rank=places[i], tied=places.count(places[i]) > 1) for i in order]
+    return [replace(rows[i], rank=places[i], tied=shared[places[i]] > 1) for i in order]
 
 
 def by_fraction(games: Iterable[Game]) -> list[list[Game]]:

@@ -19,9 +19,9 @@ from urllib.parse import quote
 import jinja2
 import pandas as pd
 
-from poisonbench._files import write_text
+from poisonbench._files import require_writable, write_text
 from poisonbench.errors import UserError
-from poisonbench.statistics import CONFIDENCE, Interval
+from poisonbench.statistics import CONFIDENCE, CURRENT, RULES, Interval
 from poisonbench.threat import LInf
 from poisonbench.tracks import TRACKS
 
@@ -35,11 +35,12 @@ LONGEST = 300
 """Characters of a record's text that a page shows; the CSV has the rest."""
 
 
-def build(results: Path) -> dict[Path, str]:
+def build(results: Path, rules: int = CURRENT) -> dict[Path, str]:
     """All tables of the records below a folder.
 
     Args:
         results: the folder.
+        rules: version of the rule that ranks attacks.
 
     Returns:
         The text of every file to write but figures, by its path relative to the folder.
@@ -47,8 +48,9 @@ def build(results: Path) -> dict[Path, str]:
     Raises:
         UserError: a record is not valid.
     """
-    games = read(results)
-    return _files(results, games, pictures(games, results, sieges(results, games)))
+    games = read(results, rules)
+    figures = pictures(games, results, sieges(results, games))
+    return _files(results, games, figures, rules)
 
 
 def update(results: Path, readme: Path | None = None, check: bool = False) -> list[Path]:
@@ -68,7 +70,7 @@ def update(results: Path, readme: Path | None = None, check: bool = False) -> li
     """
     games = read(results)
     figures = pictures(games, results, sieges(results, games))
-    wanted = {results / path: text for path, text in _files(results, games, figures).items()}
+    wanted = {results / path: text for path, text in _files(results, games, figures, CURRENT).items()}
     if readme is not None:
         wanted[readme] = _inserted(readme, results, games)
     changed = [path for path, text in wanted.items() if _bytes(path) != text.encode()]
@@ -86,6 +88,28 @@ def update(results: Path, readme: Path | None = None, check: bool = False) -> li
     return changed + redrawn + stale
 
 
+def of_earlier_rules(results: Path, rules: int, to: Path) -> list[Path]:
+    """Write the tables that the records give under another version of the rules to a folder.
+
+    Links to records lead nowhere from there, and figures, which show no ranks, are not drawn again.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: there is no such version, a record is not valid, or the folder is not empty.
+    """
+    if rules not in RULES:
+        raise UserError(f"--rules {rules}: the versions are {', '.join(map(str, RULES))}")
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"--to {to} is not empty: name a new folder")
+    require_writable(to)
+    files = {to / path: text for path, text in build(results, rules).items()}
+    for path, text in files.items():
+        write_text(path, text)
+    return list(files)
+
+
 def escape(text: object) -> str:
     """Text that Markdown and HTML show as it is, on one line and in a table cell too."""
     line = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
@@ -96,7 +120,9 @@ def escape(text: object) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _files(results: Path, games: list[Game], figures: dict[Path, Picture]) -> dict[Path, str]:
+def _files(
+    results: Path, games: list[Game], figures: dict[Path, Picture], rules: int
+) -> dict[Path, str]:
     several = sieges(results, games)
     tracks = [(t, [g for g in games if g.frozen and g.track == t.name]) for t in TRACKS.values()]
     page = _template("results.md.j2").render(
@@ -104,6 +130,8 @@ def _files(results: Path, games: list[Game], figures: dict[Path, Picture]) -> di
         custom=[game for game in games if not game.frozen],
         set_aside=[(game, row) for game in games for row in game.set_aside],
         figures=figures,
+        rules=rules,
+        rule=RULES[rules].statement,
         of_game=of_game,
         of_siege=of_siege,
         left_out=left_out(results, games),

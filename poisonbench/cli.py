@@ -328,6 +328,10 @@ def leaderboard(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if a table is out of date.")
     ] = False,
+    rules: Annotated[
+        int | None, typer.Option(help="Another version of the rules, for tables in the folder --to.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="A new folder for the tables of --rules.")] = None,
 ) -> None:
     """Make all tables anew from the records: the same records give the same bytes."""
     import importlib
@@ -335,6 +339,11 @@ def leaderboard(
     if not results.is_dir():
         raise UserError(f"--results {results} is not a folder: run this in a checkout, or name it")
     tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
+    if (rules is None) != (to is None):
+        raise UserError("--rules and --to go together: a version, and a new folder for its tables")
+    if rules is not None:
+        print(*tables.of_earlier_rules(results, rules, to), sep="\n")
+        return
     if readme is None and Path("README.md").is_file() and results == Path("results"):
         readme = Path("README.md")
     changed = tables.update(results, readme, check)

@@ -8,16 +8,33 @@ alone. Over `n` seeds with differences `d_i` the drop is reported as
 
 Student's 95 % interval for the mean over the victims' randomness, for this poison and test set.
 
-An attack ranks above another only where its whole interval lies above the other's. An attack's rank
-is one more than the number of attacks that rank above it; those that share it cannot be told apart
-from the best among them. Ranks never come from the best of several seeds.
+**The rule by which attacks are ranked.** All attacks of a table are judged by the same seeds, and their
+clean victims are the same, so two attacks A and B are compared by the paired differences of their
+drops, `d_A,i - d_B,i`: what a seed does to every victim cancels. Student's statistic of their mean,
+
+    t = mean(d_A - d_B) · √n / s(d_A - d_B),
+
+has n - 1 degrees of freedom where the two cost alike. A table of k attacks makes m = k (k - 1) / 2
+such comparisons, and at a level of 5 % each, some would part by chance alone. Holm's correction (1979)
+keeps the chance of even one wrong order in the whole table below 5 %, however the comparisons depend on
+each other: the pairs are taken from the largest |t| down, and the one that follows r parted pairs parts
+too where its two-sided p is at most 0.05 / (m - r); the first that does not ends it.
+
+A ranks above B where the two part and A costs more. An attack's rank is one more than the number of
+attacks that rank above it, so those that the table cannot tell from the best share rank 1. Ranks never
+come from the best of several seeds.
+
+Rules have versions. A change of the rule is a new version, and earlier ones stay, so that the tables of
+their time can be made again from the records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict
 
 from poisonbench.errors import UserError
@@ -25,6 +42,10 @@ from poisonbench.errors import UserError
 CONFIDENCE = 0.95
 CERTAIN = 0.99
 """Of what is held against somebody: a claim that one honest author in two hundred would see flagged."""
+ROUNDING = 1e-9
+"""In points: below it, two accuracies are one."""
+ROWS = 512
+"""Rows of a table whose pairs are held in memory at a time."""
 
 
 class Interval(BaseModel):
@@ -45,10 +66,6 @@ class Interval(BaseModel):
     def __str__(self) -> str:
         # Adding zero turns a rounded -0.00 into 0.00.
         return f"{round(self.mean, 2) + 0:.2f} ± {(self.high - self.low) / 2:.2f}"
-
-    def above(self, other: Interval) -> bool:
-        """Whether the two intervals are apart, this one higher."""
-        return self.low > other.high
 
 
 def mean_interval(sample: Sequence[float]) -> Interval:
@@ -77,11 +94,6 @@ def paired_drop(clean: Sequence[float], poisoned: Sequence[float]) -> Interval:
     if len(clean) != len(poisoned):
         raise UserError(f"{len(clean)} clean and {len(poisoned)} poisoned victims are not pairs")
     return mean_interval([c - p for c, p in zip(clean, poisoned, strict=True)])
-
-
-def ranks(intervals: Sequence[Interval]) -> list[int]:
-    """Each interval's rank, from 1 for the highest; ties share a rank."""
-    return [1 + sum(other.above(mine) for other in intervals) for mine in intervals]
 
 
 def difference_interval(
@@ -136,3 +148,92 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
         return None
     root = float(np.sqrt(max(b**2 - a * c, 0.0)))
     return Interval(mean=float(x.mean() / y.mean()), low=(b - root) / a, high=(b + root) / a, n=number)
+
+
+def _above_by_intervals(drops: Float[np.ndarray, "k n"]) -> Int[np.ndarray, " k"]:
+    """How many rows' whole intervals lie above each row's."""
+    intervals = [mean_interval(row) for row in drops.tolist()]
+    lows = np.sort([interval.low for interval in intervals])
+    highs = [interval.high for interval in intervals]
+    return len(lows) - np.searchsorted(lows, highs, side="right")
+
+
+def _above_by_holm(drops: Float[np.ndarray, "k n"]) -> Int[np.ndarray, " k"]:
+    """How many rows part from each row and lie above it, by paired differences and Holm's correction."""
+    from scipy import stats
+
+    number, seeds = drops.shape
+    pairs, parted = number * (number - 1) // 2, 0
+    above = np.zeros(number, int)
+    while parted < pairs:
+        # All pairs at the level of the next one: those are parted whatever their order, and if they
+        # are no more than before, the next one is not.
+        least = float(stats.t.isf((1 - CONFIDENCE) / 2 / (pairs - parted), seeds - 1))
+        above = np.concatenate([(t >= least).sum(1) for t in _paired_statistics(drops)])
+        if int(above.sum()) == parted:
+            break
+        parted = int(above.sum())
+    return above
+
+
+def _paired_statistics(drops: Float[np.ndarray, "k n"]) -> Iterator[Float[np.ndarray, "rows k"]]:
+    """Student's statistic of `d_column - d_row`, some rows at a time: a table may have thousands."""
+    number, seeds = drops.shape
+    means = drops.mean(1)
+    centred = drops - means[:, None]
+    spread = (centred**2).sum(1)
+    for first in range(0, number, ROWS):
+        rows = slice(first, first + ROWS)
+        difference = means[None, :] - means[rows, None]
+        squares = spread[None, :] + spread[rows, None] - 2 * centred[rows] @ centred.T
+        # What rounding leaves of a difference of equals is nothing, and of a spread no more than that.
+        difference[np.abs(difference) < ROUNDING] = 0
+        error = np.sqrt(np.maximum(squares, ROUNDING**2) / (seeds - 1) / seeds)
+        yield difference / error
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a table is put in order.
+
+    Attributes:
+        statement: the rule in words, for the pages.
+        above: of the drops `[k, n]` of k attacks on n seeds, how many attacks rank above each.
+    """
+
+    statement: str
+    above: Callable[[Float[np.ndarray, "k n"]], Int[np.ndarray, " k"]]
+
+    def ranks(self, drops: Sequence[Sequence[float]]) -> list[int]:
+        """Each attack's rank, from 1; those that cannot be told apart share one.
+
+        Args:
+            drops: for each attack its drop in points, seed by seed, over the same seeds for all.
+
+        Raises:
+            UserError: fewer than two seeds.
+        """
+        if len(drops) and len(drops[0]) < 2:
+            raise UserError("ranks need at least 2 seeds: one accuracy alone is never a result")
+        if len(drops) < 2:
+            return [1] * len(drops)
+        return [1 + int(count) for count in self.above(np.asarray(drops, np.float64))]
+
+
+RULES: Mapping[int, Rule] = {
+    1: Rule(
+        "A row ranks above another only where its whole interval lies above the other's. Its rank is one"
+        " more than the number of rows that rank above it; `=` marks a shared one.",
+        _above_by_intervals,
+    ),
+    2: Rule(
+        "Two rows are compared by the differences of their drops, seed by seed, with Student's test, at"
+        " 5 % for the table as a whole (Holm's correction over all its pairs of rows). Where that tells"
+        " them apart, the one that costs more ranks above. A row's rank is one more than the number of"
+        " rows that rank above it; `=` marks a shared one.",
+        _above_by_holm,
+    ),
+}
+"""Every version of the rule that ranks attacks."""
+CURRENT = 2
+"""The version that tables are made by."""

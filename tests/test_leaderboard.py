@@ -40,6 +40,7 @@ from markdown_it import MarkdownIt
 from poisonbench import records
 from poisonbench.errors import UserError
 from poisonbench.records import Hardware, Record, VictimScores
+from poisonbench.statistics import RULES
 from poisonbench.threat import Budget, LInf
 from poisonbench.tracks import TRACKS
 
@@ -257,6 +258,24 @@ def test_ranks_tie_where_intervals_do_not_part(tmp_path: Path) -> None:
     assert [row[:2] for row in rows(page(results))] == [
         ["1=", "a"], ["1=", "c"], ["1=", "b"], ["4", "d"], ["5", "*noise*"],
     ]  # fmt: skip
+
+
+def test_tables_of_an_earlier_rule_are_made_again(tmp_path: Path) -> None:
+    some = (make("a", 10.0, 4.0), make("b", 9.0, 4.0))  # in step, seed by seed: their intervals overlap
+    results = put(tmp_path / "results", *some)
+    tables.update(results)
+    assert [row[:2] for row in rows(page(results))] == [["1", "a"], ["2", "b"]]
+    for version in RULES:
+        to = tmp_path / f"rules-{version}"
+        tables.of_earlier_rules(results, version, to)
+        shown = (to / "README.md").read_text("utf-8")
+        assert [row[0] for row in rows(shown)] == (["1=", "1="] if version == 1 else ["1", "2"])
+        assert " ".join(RULES[version].statement.split()) in " ".join(shown.split())
+    assert tables.update(results, check=True) == []
+    with pytest.raises(UserError, match="not empty"):
+        tables.of_earlier_rules(results, 1, tmp_path / "rules-1")
+    with pytest.raises(UserError, match="the versions are 1, 2"):
+        tables.of_earlier_rules(results, 3, tmp_path / "rules-3")
 
 
 @pytest.mark.parametrize(("surrogate", "best"), [("smooth", "two"), ("standard", "one")])
