@@ -27,7 +27,8 @@ from poisonbench.setting import Setting
 from poisonbench.threat import PoisonSet
 
 OURS = ("*.safetensors", "*.json", "*.png", "*.csv")
-PUBLISHED = ("record.json", "transfer.json", "poison.safetensors", "[!.]*.png", "[!.]*.csv")
+PUBLISHED = ("record.json", "transfer.json", "poison.safetensors", "[!.]*.csv")
+PICTURES = "[!.]*.png"
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def publish(folder: Path, results: Path) -> Path:
     if PoisonSet.load(folder / "poison.safetensors").hash != record.poison_hash:
         raise UserError(f"{folder} holds another poison than its record scored: run it again")
     target = results / record.track / record.attack / record.defense / folder.resolve().name
-    copy_whole(folder, target, PUBLISHED)
+    # A poison meets many defences, and its pictures are the same each time.
+    copy_whole(folder, target, PUBLISHED if record.defense != "none" else (*PUBLISHED, PICTURES))
     return target
 
 

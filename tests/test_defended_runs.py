@@ -67,6 +67,8 @@ def test_one_poison_and_a_folder_for_each_defence(
     assert len({guarded.folder, other.folder, changed.folder}) == 3
     target = runs.publish(guarded.folder, tmp_path / "results")
     assert target.parent == tmp_path / "results" / "digits" / "label_flip" / "oracle+mixup"
+    assert {path.suffix for path in target.iterdir()} == {".json", ".csv", ".safetensors"}
+    assert list(runs.publish(bare.folder, tmp_path / "results").glob("*.png"))
 
 
 def test_a_certificate_is_recorded_and_holds(tmp_path: Path) -> None:
