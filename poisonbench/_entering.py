@@ -87,6 +87,8 @@ def check(
         raise unknown_name("attack", name, attacks.names())
     compute.setup()
     entry = conformance.Entry(name, dict(pairs(options or [])))
+    if entry.given:
+        entry.built()  # options that it does not have are refused before anything is checked
     began, points = time.monotonic(), []
     with Progress(f"checking {name}", len(conformance.CHECKS)) as bar:
         for rule in conformance.CHECKS:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from functools import cached_property
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -43,6 +45,11 @@ ENOUGH = CHEAP | {
     "follower_rate": "0.02",
 }  # fmt: skip
 """As much as it takes for an effect."""
+
+KEEP_TO_IT = (
+    "poison at most task.num_poison images, clip pixels to task.bounds(indices), keep"
+    " task.train_labels[indices] where labels are fixed, and return task.poison(indices, images, labels)"
+)
 
 
 class Failed(Exception):  # noqa: N818 - not an error of the program
@@ -113,7 +120,12 @@ class Entry:
     ) -> PoisonSet:
         """What it makes of the tiny problem under its fourth key."""
         task = Task.of(tiny(), game, TINY)
-        return (attack or self.built()).craft(task, harness.crafting_key(3), journal or Journal())
+        made: object = (attack or self.built()).craft(
+            task, harness.crafting_key(3), journal or Journal()
+        )
+        if not isinstance(made, PoisonSet):
+            raise Failed(f"craft returned {type(made).__name__}", KEEP_TO_IT)
+        return made
 
     def crafted(self, game: Budget) -> PoisonSet:
         """The same, remembered."""
@@ -134,6 +146,21 @@ def tiny() -> Dataset:
 
     spec = DataSpec(name="digits", val_size=20)
     return Dataset(spec, *split(40), *split(20), *split(20), ("a", "b", "c", "d"))
+
+
+class Peeked(Exception):  # noqa: N818
+    """Data were read by another way than the harness's."""
+
+
+@contextmanager
+def only(split: Dataset) -> Iterator[None]:
+    """Whoever loads data gets this, and whoever reads them elsewhere is found out."""
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("poisonbench.data.load", return_value=split))
+        for reader in ("poisonbench.data._pool", "sklearn.datasets.load_digits"):
+            stack.enter_context(mock.patch(reader, side_effect=Peeked))
+        yield
 
 
 def require_described(cls: type, doc: str, base: type) -> None:
