@@ -187,7 +187,10 @@ def refused_options(entry: Entry) -> str:
 
 def keeps_budget(entry: Entry, game: Budget) -> str:
     """The poison, stored and read back, is within the budget and for the data it was made for."""
-    _require(entry, game)
+    try:
+        entry.built().require(game)
+    except UserError as refusal:
+        raise Inapplicable(f"not played: {refusal}") from None
     poison, problem = entry.crafted(game), tiny()
     try:
         stored, _ = _stored(poison)
@@ -201,7 +204,8 @@ def keeps_budget(entry: Entry, game: Budget) -> str:
 
 def is_deterministic(entry: Entry, game: Budget) -> str:
     """The same key gives the same file, byte for byte."""
-    _require(entry, game)
+    if not entry.accepts(game):
+        raise Inapplicable("not played")
     if _stored(entry.crafted(game))[1] != _stored(entry.craft(game))[1]:
         raise Failed(
             "two runs with the same key made different poisons",
@@ -325,14 +329,6 @@ def _options_of_verbs() -> set[str]:
 
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return {option for verb in ("run", "craft") for p in verbs[verb].params for option in p.opts}
-
-
-def _require(entry: Entry, game: Budget) -> None:
-    attack = entry.built()
-    try:
-        attack.require(game)
-    except UserError as refusal:
-        raise Inapplicable(f"not played: {refusal}") from None
 
 
 def _stored(poison: PoisonSet) -> tuple[PoisonSet, bytes]:
