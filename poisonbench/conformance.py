@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, get_type_hints
 
@@ -43,7 +43,7 @@ from poisonbench._entry import (
 )
 from poisonbench._plugins import options
 from poisonbench.attacks import Attack, Task
-from poisonbench.data import Dataset, DataSpec
+from poisonbench.data import DataSpec
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal
 from poisonbench.setting import Setting
@@ -72,6 +72,7 @@ HARM = (
     Budget(fraction=0.2, mode="add"),
 )
 """The first of these that an attack accepts is where it has to show an effect."""
+HUNDRED = DataSpec(name="digits", train_size=100, val_size=200, test_size=200)
 LEARNS = DIGITS.recipes["smooth"].replace(width=4, batch_size=25, epochs=12, norm_momentum=0.8)
 FLOOR = 2.0
 """Test error that an attack adds, in points, on a hundred digits of which a fifth is poisoned."""
@@ -285,14 +286,14 @@ def does_harm(entry: Entry) -> str:
     attack = entry.built(ENOUGH)
     if attack.control:
         raise Inapplicable("a control does no harm by its choices")
-    digits = data.load(DataSpec(name="digits", train_size=100, val_size=200, test_size=200))
+    digits = data.load(HUNDRED)
     game = next((game for game in HARM if entry.accepts(game)), entry.game)
     view = Task.of(digits, game, LEARNS)
     poison = attack.craft(view, harness.crafting_key(0), Journal())
-    clean = _error(digits, digits.train_images, digits.train_labels)
+    clean = _clean_error()
     if clean >= 40:
         raise RuntimeError("victims that have learnt nothing would prove nothing")
-    poisoned = _error(digits, *poison.apply(digits.train_images, digits.train_labels))
+    poisoned = _error(*poison.apply(digits.train_images, digits.train_labels))
     said = f"victims of 100 digits err on {clean:.1f} % of others, and poisoned on {poisoned:.1f} %"
     if not poisoned > clean + FLOOR:
         raise Failed(
@@ -356,13 +357,20 @@ def _require_resumed(entry: Entry, folder: Path, whole: Journal, expected: str) 
         )
 
 
-def _error(digits: Dataset, images: np.ndarray, labels: np.ndarray) -> float:
+@cache
+def _clean_error() -> float:
+    digits = data.load(HUNDRED)
+    return _error(digits.train_images, digits.train_labels)
+
+
+def _error(images: np.ndarray, labels: np.ndarray) -> float:
     """Share of test images that victims get wrong, in percent: the mean of five."""
     import jax.numpy as jnp
 
     from poisonbench.victim.evaluation import train_and_score
     from poisonbench.victim.training import TrainingSet
 
+    digits = data.load(HUNDRED)
     keys = jnp.stack([harness.evaluation_key(seed) for seed in range(5)])
     training = TrainingSet.clean(images, labels, digits.num_classes)
     scores = train_and_score(LEARNS, training, keys, digits.test_images, digits.test_labels)

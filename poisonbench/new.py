@@ -67,7 +67,8 @@ def create(name: str, where: Path) -> Created:
         path = folder / f"{name}.py"
         _require_absent(path)
         write_text(path, text)
-        return Created(path, (check, run, f"poisonbench submit runs/digits/{name}-…"))
+        submit = f'poisonbench submit runs/digits/{name}-* --author "Your Name"'
+        return Created(path, (check, run, submit))
     package = f"poisonbench-{name.replace('_', '-')}"
     module = package.replace("-", "_")
     target = where / package

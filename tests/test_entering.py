@@ -53,7 +53,7 @@ def test_in_a_checkout_it_is_one_file(
     assert Path(path) == checkout / "attacks" / "my_attack.py"
     assert commands == [
         "poisonbench check my_attack", "poisonbench run --attack my_attack",
-        "poisonbench submit runs/digits/my_attack-…",
+        'poisonbench submit runs/digits/my_attack-* --author "Your Name"',
     ]  # fmt: skip
     assert files(checkout) == {"pyproject.toml", "attacks/my_attack.py"}
     written = Path(path).read_text("utf-8")
