@@ -92,11 +92,12 @@ def check(
     began, points = time.monotonic(), []
     with Progress(f"checking {name}", len(conformance.CHECKS)) as bar:
         for rule in conformance.CHECKS:
+            bar.advance(0, note=rule.title.partition(":")[0])
             with contextlib.nullcontext() if verbose else _silent():
                 points.append(conformance.judge(entry, rule))
             if not as_json:
                 _show_point(points[-1])
-            bar.advance(note=rule.title)
+            bar.advance()
             if rule is conformance.CHECKS[0] and points[-1].status == "failed":
                 break  # nothing else can be said of what is no attack
     failed = sum(point.status == "failed" for point in points)

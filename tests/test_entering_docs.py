@@ -1,7 +1,8 @@
 """The commands of `docs/entering.md` run, in their order, and lead to a row on the board.
 
 They are the page's own, word for word, in a folder like a checkout, on a digits track of a hundred
-images with victims of width 2 and two seeds. Those of a verb that is not there are not run, and that is said.
+images with victims of width 2 and two seeds. Those of a verb that is not there are not run, and that is
+said.
 """
 
 from __future__ import annotations
