@@ -24,7 +24,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
-        # As it is now: whoever redirects standard error while the bar is shown does not redirect the bar.
+        # As it is now: whoever redirects standard error while a bar is shown does not redirect the bar.
         self._console = Console(file=sys.stderr)
         self._title = title
         self._rich = RichProgress(
