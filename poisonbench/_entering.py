@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from poisonbench._options import JsonOption, pairs
-from poisonbench.errors import unknown_name
+from poisonbench._options import JsonOption
+from poisonbench.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from poisonbench.conformance import Point
@@ -144,6 +144,24 @@ def show(
         for option in options[kind]:
             print(f"\n  {option.flag} {option.kind}\n      {_said(option)}")
         print()
+
+
+def pairs(typed: Sequence[str]) -> list[tuple[str, str]]:
+    """Options that a verb does not know, for the attack to read: `--name value` or `--name=value`.
+
+    Raises:
+        UserError: something else.
+    """
+    words, found = list(typed), []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"unexpected '{word}': options of an attack are written --name value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else ""
+        found.append((name, value))
+    return found
 
 
 def _said(option: Any) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from poisonbench.errors import UserError
 
 AttackOption = Annotated[str, typer.Option(help="Attack to craft with; see `poisonbench list`.")]
 TrackOption = Annotated[
@@ -57,21 +54,3 @@ SeedsOption = Annotated[int | None, typer.Option(help="Evaluation seeds per reci
 OutOption = Annotated[Path, typer.Option(help="Folder for runs.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
-def pairs(typed: Sequence[str]) -> list[tuple[str, str]]:
-    """Options that a verb does not know, for the attack to read: `--name value` or `--name=value`.
-
-    Raises:
-        UserError: something else.
-    """
-    words, found = list(typed), []
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"unexpected '{word}': options of an attack are written --name value")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else ""
-        found.append((name, value))
-    return found
