@@ -105,9 +105,7 @@ def _attacks_of_checkout(where: Path) -> Path | None:
 
 
 def _template(name: str) -> str:
-    from poisonbench.templates import attack
-
-    text = Path(str(attack.__file__)).read_text("utf-8")
+    text = Path(__file__).with_name("templates").joinpath("attack.py").read_text("utf-8")
     return text.replace("class Template(", f"class {_class_name(name)}(")
 
 
