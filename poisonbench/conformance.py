@@ -386,7 +386,7 @@ CHECKS = (
     Check("interface", interface),
     Check("metadata", metadata),
     Check("options", readable_options),
-    Check("bad options", refused_options, slow=True),
+    Check("bad options", refused_options),
     *(Check(f"budget: {game.game()}", partial(keeps_budget, game=game), i >= SHAPES)
       for i, game in enumerate(GAMES)),
     *(Check(f"same key, same bytes: {game.game()}", partial(is_deterministic, game=game), i >= SHAPES)
