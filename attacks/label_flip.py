@@ -8,6 +8,9 @@ attack to beat wherever labels are free. (Flips ranked by metagradients are `mgd
 Where labels are fixed and pixels are not, copies of the images take places of the classes that the wrong
 labels name: the same wrong pairs, but most originals stay.
 
+Paper: Biggio, Nelson and Laskov, "Support Vector Machines Under Adversarial Label Noise", ACML 2011,
+https://proceedings.mlr.press/v20/biggio11.html, for the idea; the three ways to choose are ours.
+
 Cost: random, none; confident, `trial_seeds` victim trainings; concentrated,
 `(candidates + 1) × trial_seeds`.
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from poisonbench import _entering
 from poisonbench._options import (
     AttackOption,
     DataDirOption,
@@ -53,7 +54,7 @@ app = typer.Typer(
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@app.command(context_settings=EXTRA)
+@app.command(cls=_entering.WithAttack, context_settings=EXTRA)
 def run(
     context: typer.Context,
     attack: AttackOption = "mgd",
@@ -80,7 +81,8 @@ def run(
 ) -> None:
     """Craft a poison, retrain victims on it, and say how much accuracy they lost.
 
-    Options not listed here are the attack's own, e.g. `--attack mgd --steps 100`.
+    Options not listed here are the attack's own, e.g. `--attack mgd --steps 100`; with the attack
+    named, as in `run --attack mgd --help`, they are listed too.
     """
     from poisonbench import runs
 
@@ -89,7 +91,7 @@ def run(
     _show(finished, as_json)
 
 
-@app.command(context_settings=EXTRA)
+@app.command(cls=_entering.WithAttack, context_settings=EXTRA)
 def craft(
     context: typer.Context,
     attack: AttackOption = "mgd",
@@ -277,6 +279,11 @@ def smoothness(
         report.show(finished.record, finished.folder)
 
 
+app.command()(_entering.show)
+app.command()(_entering.new)
+app.command(context_settings={"ignore_unknown_options": True})(_entering.check)
+
+
 @app.command("list")
 def list_(as_json: JsonOption = False) -> None:
     """Attacks, defences, data sets and tracks, with a line each."""
@@ -362,7 +369,7 @@ def _request(given: dict[str, Any]) -> Any:
     setting = _setting(given)
     context: typer.Context = given["context"]
     name: str = given["attack"]
-    options = dict(setting.track.attack_options.get(name, {})) | dict(_pairs(context))
+    options = dict(setting.track.attack_options.get(name, {})) | dict(_entering.pairs(context.args))
     own = [option for parameter in context.command.params for option in parameter.opts]
     attack = attacks.build(name, list(options.items()), also_known=own)
     return runs.Request(setting, name, attack, given["seed"], _command())
@@ -399,20 +406,6 @@ def _setting(given: dict[str, Any]) -> Any:
         defense=given.get("defense"),
         defense_options=given.get("defense_set") or [],
     )
-
-
-def _pairs(context: typer.Context) -> list[tuple[str, str]]:
-    """Options that the verb does not know, for the attack to read: `--name value` or `--name=value`."""
-    words, pairs = list(context.args), []
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"unexpected '{word}': options of an attack are written --name value")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else ""
-        pairs.append((name, value))
-    return pairs
 
 
 def _show(finished: Any, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -23,7 +24,8 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
-        self._console = Console(stderr=True)
+        # As it is now: whoever redirects standard error while a bar is shown does not redirect the bar.
+        self._console = Console(file=sys.stderr)
         self._title = title
         self._rich = RichProgress(
             TextColumn("{task.description}"),

@@ -14,17 +14,16 @@ Claims of `poisonbench.cli` tested here:
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
+from commandline import Run, cli, refused
 
 import poisonbench
 from poisonbench import attacks, harness, runs
@@ -33,54 +32,10 @@ from poisonbench.records import Record
 from poisonbench.threat import PoisonSet
 from poisonbench.tracks import TRACKS
 
-Run = Callable[..., tuple[int, str, str]]
-
 SIZES = ["--train-size", "100", "--val-size", "50", "--test-size", "50"]
 RECIPE = ["--set", "width=2", "--set", "epochs=1", "--set", "batch_size=50"]
 TINY = [*SIZES, *RECIPE]
 CHEAP = ["--start", "random", "--steps", "3", "--check-seeds", "2"]
-
-
-def unchecked() -> ModuleType:
-    """The command line without run-time type checks: typer hands over contexts of a class of its own."""
-    spec = importlib.util.find_spec("poisonbench.cli")
-    assert spec is not None
-    assert spec.origin is not None
-    plain = importlib.util.spec_from_file_location("unchecked_cli", spec.origin)
-    assert plain is not None
-    assert plain.loader is not None
-    module = importlib.util.module_from_spec(plain)
-    plain.loader.exec_module(module)
-    return module
-
-
-cli = unchecked()
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in an empty folder: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["poisonbench", *words])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        assert isinstance(exit_.value.code, int)
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
-
-
-def refused(command: Run, *words: str) -> str:
-    """The one line of error that these words end with."""
-    code, out, err = command(*words)
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (code, out, len(errors)) == (2, "", 1), err
-    assert err.endswith(f"{errors[0]}\n")
-    assert "Traceback" not in err
-    return errors[0]
 
 
 def everything(folder: Path) -> list[Path]:

@@ -5,7 +5,8 @@ Claims of the packaging tested here, in the checkout and, with `-m wheel`, again
 - attacks and defences are found and load, each from a file of the package or of the checkout;
 - the leaderboard is importable and finds its templates; the marker `py.typed` is there;
 - the version is that of the distribution's metadata, and the command is an entry point;
-- crafting and scoring a tiny run works from an unrelated folder, with nothing else on the path;
+- crafting and scoring a tiny run works from an unrelated folder, with nothing else on the path; so does
+  `poisonbench new`, whose template is among the files;
 - in the checkout alone: every configuration of pytest says the same.
 """
 
@@ -100,6 +101,18 @@ def test_a_run_works_from_an_unrelated_folder(tmp_path: Path) -> None:
     assert record["code"]["version"] == poisonbench.__version__
     assert [len(victim["poisoned"]) for victim in record["victims"]] == [2, 2]
     assert {place.name for place in tmp_path.iterdir()} == {"runs"}
+
+
+@pytest.mark.wheel
+def test_the_template_of_an_attack_is_there(tmp_path: Path) -> None:
+    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from poisonbench.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "new", "my_attack"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.rglob("__init__.py")
+    assert "class MyAttack(Attack):" in written.read_text("utf-8")
 
 
 @pytest.mark.skipif(not IN_CHECKOUT, reason="there is no pyproject.toml beside an installed wheel")

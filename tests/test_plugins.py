@@ -19,7 +19,7 @@ import subprocess
 import sys
 import textwrap
 from abc import ABC
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from typing import Literal
 import pytest
 
 import poisonbench
-from poisonbench import _plugins, attacks, defenses
+from poisonbench import _plugins, attacks, conformance, defenses
 from poisonbench.attacks import Attack
 from poisonbench.defenses import Defense
 from poisonbench.errors import UserError
@@ -113,19 +113,9 @@ def test_each_is_one_frozen_dataclass_with_a_summary(folder: str, name: str) -> 
     module, base = KINDS[folder]
     cls = module.load(name)
     assert issubclass(cls, base)
-    assert is_dataclass(cls)
-    assert cls.__dataclass_params__.frozen
-    summary = module.summary(name)
-    assert summary == (sys.modules[cls.__module__].__doc__ or "").splitlines()[0]
-    assert len(summary) > 20
-    assert cls.__doc__
-    assert not cls.__doc__.startswith(f"{cls.__name__}(")  # what dataclasses write by themselves
-    for field in fields(cls):
-        # Documented where it is declared, which for an inherited option is another class.
-        declares = next(c for c in cls.__mro__ if field.name in vars(c).get("__annotations__", {}))
-        assert f"{field.name}:" in declares.__doc__, (
-            f"{declares.__name__} does not document {field.name}"
-        )
+    doc = sys.modules[cls.__module__].__doc__ or ""
+    assert module.summary(name) == doc.splitlines()[0]
+    conformance.require_described(cls, doc, base)
 
 
 def test_files_with_an_underscore_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
