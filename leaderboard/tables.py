@@ -1,7 +1,7 @@
 """The tables: every committed record, game by game, as Markdown and as CSV.
 
 Everything here is derived. `update` reads the records below a folder and writes `README.md`, one CSV
-per table and the figures beside them; the same records give the same texts on every machine, byte for
+per table and the figures beside them, and the static site; the same records give the same texts on every machine, byte for
 byte, and figures of the same numbers, so a test can compare what is committed with what the records
 give.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
 from urllib.parse import quote
@@ -19,8 +20,10 @@ from urllib.parse import quote
 import jinja2
 import pandas as pd
 
+from poisonbench import records
 from poisonbench._files import write_text
 from poisonbench.errors import UserError
+from poisonbench.records import Record
 from poisonbench.statistics import CONFIDENCE, Interval
 from poisonbench.threat import LInf
 from poisonbench.tracks import TRACKS
@@ -28,6 +31,8 @@ from poisonbench.tracks import TRACKS
 from .figures import FOLDER, Picture, of_game, of_siege, pictures
 from .games import Game, Row, canonical, read
 from .shields import Siege, left_out, sieges
+from .site import left_over
+from .site import pages as build_site
 
 BEGIN = "<!-- leaderboard: begin -->"
 END = "<!-- leaderboard: end -->"
@@ -47,35 +52,45 @@ def build(results: Path) -> dict[Path, str]:
     Raises:
         UserError: a record is not valid.
     """
-    games = read(results)
-    return _files(results, games, pictures(games, results, sieges(results, games)))
+    board = _Board.of(results)
+    return _files(board)
 
 
-def update(results: Path, readme: Path | None = None, check: bool = False) -> list[Path]:
+def update(
+    results: Path, readme: Path | None = None, check: bool = False, site: Path | None = None
+) -> list[Path]:
     """Bring the files up to date with the records, or say which are not.
 
     Args:
         results: where the records are, and where the tables go.
         readme: a page whose part between the markers is replaced by the frozen tracks' tables.
         check: write nothing.
+        site: where the static site goes, if it is wanted.
 
     Returns:
         The paths that were not what the records give, tables that belong to no record included.
         Without `check` they now are up to date, or gone.
 
     Raises:
-        UserError: a record is not valid, the page lacks its markers, or a file cannot be written.
+        UserError: a record is not valid, the page lacks its markers, the folder of the site holds
+            something else, or a file cannot be written.
     """
-    games = read(results)
-    figures = pictures(games, results, sieges(results, games))
-    wanted = {results / path: text for path, text in _files(results, games, figures).items()}
+    board = _Board.of(results)
+    wanted = {results / path: text for path, text in _files(board).items()}
     if readme is not None:
-        wanted[readme] = _inserted(readme, results, games)
+        wanted[readme] = _inserted(readme, results, board.games)
+    left: list[Path] = []
+    if site is not None:
+        pages = build_site(
+            results, site, board.games, board.sieges, board.figures, board.left_out
+        )
+        wanted |= {site / path: text for path, text in pages.items()}
+        left = left_over(site, list(wanted))
     changed = [path for path, text in wanted.items() if _bytes(path) != text.encode()]
-    drawn = {results / path: picture for path, picture in figures.items()}
+    drawn = {results / path: picture for path, picture in board.figures.items()}
     redrawn = [path for path, picture in drawn.items() if not picture.is_in(path)]
     there = [*(results / "tables").glob("*.csv"), *(results / FOLDER).glob("*.png")]
-    stale = sorted(path for path in there if path not in wanted and path not in drawn)
+    stale = sorted(path for path in there if path not in wanted and path not in drawn) + left
     if not check:
         for path in changed:
             write_text(path, wanted[path])
@@ -96,8 +111,26 @@ def escape(text: object) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _files(results: Path, games: list[Game], figures: dict[Path, Picture]) -> dict[Path, str]:
-    several = sieges(results, games)
+@dataclass(frozen=True)
+class _Board:
+    """All that the pages show, of records that were read once."""
+
+    games: list[Game]
+    sieges: list[Siege]
+    figures: dict[Path, Picture]
+    left_out: list[tuple[str, Record, str]]
+
+    @staticmethod
+    def of(results: Path) -> _Board:
+        found = records.find(results)
+        games = read(results, found)
+        several = sieges(results, games, found)
+        figures = pictures(games, results, several)
+        return _Board(games, several, figures, left_out(results, games, found))
+
+
+def _files(board: _Board) -> dict[Path, str]:
+    games, several, figures = board.games, board.sieges, board.figures
     tracks = [(t, [g for g in games if g.frozen and g.track == t.name]) for t in TRACKS.values()]
     page = _template("results.md.j2").render(
         tracks=tracks,
@@ -106,7 +139,7 @@ def _files(results: Path, games: list[Game], figures: dict[Path, Picture]) -> di
         figures=figures,
         of_game=of_game,
         of_siege=of_siege,
-        left_out=left_out(results, games),
+        left_out=board.left_out,
         siege_of={siege.game.slug: siege for siege in several},
         curves={
             name: [path for path, picture in figures.items() if picture.numbers.get("track") == name]

@@ -325,11 +325,15 @@ def leaderboard(
     readme: Annotated[
         Path | None, typer.Option(help="A page whose marked part gets the tables too.")
     ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the static site. [default: leaderboard/site, for results/]"),
+    ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; fail if a table is out of date.")
+        bool, typer.Option("--check", help="Write nothing; fail if a table or page is out of date.")
     ] = False,
 ) -> None:
-    """Make all tables anew from the records: the same records give the same bytes."""
+    """Make all tables and the site anew from the records: the same records give the same bytes."""
     import importlib
 
     if not results.is_dir():
@@ -337,7 +341,9 @@ def leaderboard(
     tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
     if readme is None and Path("README.md").is_file() and results == Path("results"):
         readme = Path("README.md")
-    changed = tables.update(results, readme, check)
+    if site is None and results == Path("results"):
+        site = Path("leaderboard", "site")
+    changed = tables.update(results, readme, check, site)
     for path in changed:
         print(path)
     if check and changed:

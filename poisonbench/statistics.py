@@ -8,14 +8,14 @@ alone. Over `n` seeds with differences `d_i` the drop is reported as
 
 Student's 95 % interval for the mean over the victims' randomness, for this poison and test set.
 
-An attack ranks above another only where its whole interval lies above the other's. An attack's rank
-is one more than the number of attacks that rank above it; those that share it cannot be told apart
-from the best among them. Ranks never come from the best of several seeds.
+`RANKING` is the rule of ranks in words, as the board's pages quote it, and `ranks` is the rule.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -25,6 +25,11 @@ from poisonbench.errors import UserError
 CONFIDENCE = 0.95
 CERTAIN = 0.99
 """Of what is held against somebody: a claim that one honest author in two hundred would see flagged."""
+RANKING = (
+    "An attack ranks above another only where its whole interval lies above the other's. An attack's rank"
+    " is one more than the number of attacks that rank above it; those that share it cannot be told apart"
+    " from the best among them. Ranks never come from the best of several seeds."
+)
 
 
 class Interval(BaseModel):
@@ -57,13 +62,11 @@ def mean_interval(sample: Sequence[float]) -> Interval:
     Raises:
         UserError: fewer than two values, of which no interval can be made.
     """
-    from scipy import stats
-
     if len(sample) < 2:
         raise UserError("an interval needs at least 2 seeds: one accuracy alone is never a result")
     values = np.asarray(sample, np.float64)
     error = values.std(ddof=1) / np.sqrt(len(values))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * error)
+    half = float(_quantile(len(values) - 1) * error)
     mean = float(values.mean())
     return Interval(mean=mean, low=mean - half, high=mean + half, n=len(values))
 
@@ -81,7 +84,8 @@ def paired_drop(clean: Sequence[float], poisoned: Sequence[float]) -> Interval:
 
 def ranks(intervals: Sequence[Interval]) -> list[int]:
     """Each interval's rank, from 1 for the highest; ties share a rank."""
-    return [1 + sum(other.above(mine) for other in intervals) for mine in intervals]
+    lows = sorted(interval.low for interval in intervals)
+    return [1 + len(lows) - bisect_right(lows, mine.high) for mine in intervals]
 
 
 def difference_interval(
@@ -123,16 +127,22 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     Raises:
         UserError: fewer than two pairs.
     """
-    from scipy import stats
-
     if len(numerators) < 2 or len(numerators) != len(denominators):
         raise UserError("an interval needs at least two pairs")
     x, y = np.asarray(numerators, float), np.asarray(denominators, float)
     number = len(x)
-    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1))
+    t = _quantile(number - 1)
     s = np.cov(x, y) * t**2 / number
     a, b, c = y.mean() ** 2 - s[1, 1], x.mean() * y.mean() - s[0, 1], x.mean() ** 2 - s[0, 0]
     if a <= 0:
         return None
     root = float(np.sqrt(max(b**2 - a * c, 0.0)))
     return Interval(mean=float(x.mean() / y.mean()), low=(b - root) / a, high=(b + root) / a, n=number)
+
+
+@cache
+def _quantile(freedom: int) -> float:
+    """Student's, of `CONFIDENCE`; a board asks for the same few of them ten thousand times."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
