@@ -53,12 +53,23 @@ def columns(game: Game) -> list[Column]:
     return [
         *(_drop(recipe) for recipe in game.recipes),
         Column(
+            f"claimed → re-measured, {judge}",
+            "The drop that the entry's author measured, which decides its rank, and the one that a"
+            " maintainer measured on hidden seeds.",
+            lambda row: _remeasured(row, judge),
+        ),
+        Column(
+            "standing",
+            "Whether the claim was measured again and held, and what was found against it.",
+            lambda row: Cell("; ".join(standing(row, SHORT))), numeric=False,
+        ),
+        *(_transfer(recipe) for recipe in game.transfer),
+        Column(
             f"best-epoch drop, {judge}",
-            "The same between the best epoch of the clean and of the poisoned victim, found on the test"
+            "The drop between the best epoch of the clean and of the poisoned victim, found on the test"
             " set.",
             lambda row: _interval(row.scores(judge).best_drop),
         ),
-        *(_transfer(recipe) for recipe in game.transfer),
         Column("fraction", "Share of the training set that may be poisoned.", _fraction),
         Column(
             "game", "What the attacker may do: replace images or add some, labels and pixels.", _rules,
@@ -70,23 +81,7 @@ def columns(game: Game) -> list[Column]:
             "The same in trainings of one victim, as long as these took in the median of the table.",
             _trainings,
         ),
-        Column(
-            f"claimed, {judge}", "The drop that the entry's author measured, which decides its rank.",
-            lambda row: _interval(row.scores(judge).drop),
-        ),
-        Column(
-            f"re-measured, {judge}", "The drop that a maintainer measured on hidden seeds.",
-            lambda row: _remeasured(row, judge),
-        ),
-        Column(
-            "standing",
-            "Whether the claim was measured again and held, and what was found against it.",
-            lambda row: Cell("; ".join(standing(row, SHORT))), numeric=False,
-        ),
-        Column(
-            "date", "Of the measurement, in UTC.",
-            lambda row: Cell(row.date, row.record.created.timestamp()),
-        ),
+        Column("date", "Of the measurement, in UTC.", lambda row: Cell(row.date), numeric=False),
     ]  # fmt: skip
 
 
@@ -151,7 +146,10 @@ def _interval(interval: Interval) -> Cell:
 def _remeasured(row: Row, judge: str) -> Cell:
     victims = row.verification.victims if row.verification else []
     mine = next((v for v in victims if v.recipe_name == judge), None)
-    return Cell(UNKNOWN) if mine is None else _interval(mine.drop)
+    if mine is None:
+        return Cell(UNKNOWN)
+    again = _interval(mine.drop)
+    return Cell(f"{row.scores(judge).drop} → {again.text}", again.order)
 
 
 def _fraction(row: Row) -> Cell:
