@@ -87,8 +87,7 @@ def columns(game: Game) -> list[Column]:
 
 def marks(row: Row) -> list[str]:
     """One word for each thing that was found against a row."""
-    flagged = row.verification is not None and row.verification.flagged(row.record)
-    return [*(["flagged"] if flagged else []), *(["disputed"] if row.disputes else [])]
+    return [*(["flagged"] if row.flagged else []), *(["disputed"] if row.disputes else [])]
 
 
 def standing(row: Row, longest: int | None = None) -> list[str]:
@@ -98,21 +97,15 @@ def standing(row: Row, longest: int | None = None) -> list[str]:
         row: of a table.
         longest: characters of a dispute's reason.
     """
-    said: list[str] = []
-    excess = row.verification.excess(row.record) if row.verification else {}
-    if row.verification is None or not excess:
-        said.append("not re-measured")
-    else:
-        flagged = row.verification.flagged(row.record)
-        said += [
-            f"flagged: {name} victims lost {excess[name].mean:.2f} points less when measured again"
-            f" ({CERTAIN:.0%} interval {excess[name].low:.2f} to {excess[name].high:.2f})".replace(
-                "%", " %"
-            )
-            for name in flagged
-        ]
-        if not flagged:
-            said.append("re-measured, and holds")
+    said = [
+        f"flagged: {name} victims lost {row.excess[name].mean:.2f} points less when measured again"
+        f" ({CERTAIN:.0%} interval {row.excess[name].low:.2f} to {row.excess[name].high:.2f})".replace(
+            "%", " %"
+        )
+        for name in row.flagged
+    ]
+    if not said:
+        said.append("re-measured, and holds" if row.excess else "not re-measured")
     for dispute in row.disputes:
         reason = dispute.reason
         if longest is not None and len(reason) > longest:

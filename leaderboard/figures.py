@@ -30,7 +30,7 @@ DIGEST = "Description"
 """Of the text fields that a PNG may have."""
 ENOUGH = 3
 """Checks on held-out seeds that make a curve."""
-MOST = 40
+MOST = 24
 """Attacks, controls or defences that one figure can show apart: the first of their table, which has all."""
 
 

@@ -16,12 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from poisonbench import records, transfer, verification
 from poisonbench.records import Record, VictimScores
-from poisonbench.statistics import ranks
+from poisonbench.statistics import Interval, ranks
 from poisonbench.tracks import TRACKS
 from poisonbench.verification import Dispute, Verification
 
@@ -65,6 +66,16 @@ class Row:
     trainings: float | None = None
     rank: int | None = None
     tied: bool = False
+
+    @cached_property
+    def excess(self) -> dict[str, Interval]:
+        """By how much it claims more than a maintainer measured, in points, recipe by recipe."""
+        return self.verification.excess(self.record) if self.verification else {}
+
+    @property
+    def flagged(self) -> list[str]:
+        """The recipes on which it claims more than the measurement allows."""
+        return [name for name, excess in self.excess.items() if excess.low > 0]
 
     def scores(self, recipe: str) -> VictimScores:
         """What victims of that recipe scored; the rows of a table share their recipes."""

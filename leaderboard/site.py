@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ import jinja2
 from markupsafe import Markup
 
 from poisonbench.errors import UserError
-from poisonbench.records import Record
+from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import CERTAIN, CONFIDENCE, RANKING
 from poisonbench.tracks import TRACKS
 
@@ -56,14 +56,12 @@ class Sheet:
     Attributes:
         row: in its table.
         game: the table.
-        slug: name of the page.
         entry: what its author says of it.
         cells: what defences made of it, with their tables' judges.
     """
 
     row: Row
     game: Game
-    slug: str
     entry: papers.Entry
     cells: list[Cell]
 
@@ -86,8 +84,8 @@ def pages(
     several: Sequence[Siege],
     figures: dict[Path, Picture],
     outside: Sequence[tuple[str, Record, str]],
-) -> dict[Path, str]:
-    """Every file of the site.
+) -> Iterator[tuple[Path, str]]:
+    """Every file of the site, one after the other: together they would fill the memory.
 
     Args:
         results: where the records are.
@@ -98,11 +96,16 @@ def pages(
         outside: defended records that stand in no table: folder, record and reason.
 
     Returns:
-        Texts by path relative to the site.
+        Paths relative to the site, with their texts.
 
     Raises:
-        UserError: what lies beside a record is not valid.
+        UserError: what lies beside a record is not valid; before the first file.
     """
+    entries = {
+        row.folder: papers.entry_of(results / row.folder, row.beside)
+        for game in games
+        for row in (*game.ranked, *game.set_aside)
+    }
     slugs = _slugs([row.folder for game in games for row in (*game.ranked, *game.set_aside)])
     siege_of = {siege.game.slug: siege for siege in several}
     shared: dict[str, Any] = {
@@ -111,44 +114,46 @@ def pages(
         "frozen": {name: [g for g in games if g.frozen and g.track == name] for name in TRACKS},
     }  # fmt: skip
     top, below = _Writer(results, site, "", shared), _Writer(results, site, "../", shared)
-    found = {
-        Path("index.html"): top.page("index.html.j2", here="index"),
-        Path("about.html"): top.page("about.html.j2", here="about"),
-        Path("other.html"): top.page("other.html.j2", here="other", outside=outside),
-    }
+    assets = Path(__file__).with_name("assets")
+    yield Path("index.html"), top.page("index.html.j2", here="index")  # first: a folder is known for ours by a page
+    yield from ((Path("assets", name), (assets / name).read_text("utf-8")) for name in ASSETS)
+    yield Path("about.html"), top.page("about.html.j2", here="about")
+    yield Path("other.html"), top.page("other.html.j2", here="other", outside=outside)
     for name, track in TRACKS.items():
-        found[Path(f"track-{name}.html")] = top.page("track.html.j2", here=name, track=track)
+        yield Path(f"track-{name}.html"), top.page("track.html.j2", here=name, track=track)
     for game in games:
         cells_of = _cells(siege_of.get(game.slug))
+        here = game.track if game.frozen else "other"
         for row in (*game.ranked, *game.set_aside):
             cells = cells_of.get(row.record.poison_hash, []) if row.rank else []
-            entry = papers.entry_of(results / row.folder, row.beside)
-            sheet = Sheet(row, game, slugs[row.folder], entry, cells)
-            here = game.track if game.frozen else "other"
+            sheet = Sheet(row, game, entries[row.folder], cells)
             text = below.page("entry.html.j2", here=here, sheet=sheet)
-            found[Path("entries", f"{sheet.slug}.html")] = text
-    assets = Path(__file__).with_name("assets")
-    return found | {Path("assets", name): (assets / name).read_text("utf-8") for name in ASSETS}
+            yield Path("entries", f"{slugs[row.folder]}.html"), text
 
 
-def left_over(site: Path, wanted: Sequence[Path]) -> list[Path]:
-    """Files in the site's folder that do not belong to it; hidden ones are nobody's business.
+def require_ours(site: Path) -> None:
+    """Refuse a folder that holds something else, of which nothing may be overwritten or deleted.
 
     Raises:
-        UserError: the folder holds something else, of which nothing may be deleted.
+        UserError: it does.
     """
-    if not site.exists():
-        return []
-    there = sorted(
+    mark = f'name="generator" content="{GENERATOR}"'.encode()
+    if _files(site) and not any(mark in path.read_bytes()[:2000] for path in site.glob("*.html")):
+        raise UserError(f"{site} holds something else than a board: name an empty folder in --site")
+
+
+def left_over(site: Path, known: Container[Path]) -> list[Path]:
+    """Files in the site's folder that do not belong to it."""
+    return [path for path in _files(site) if path not in known]
+
+
+def _files(site: Path) -> list[Path]:
+    """All that lies in a folder; what is hidden is nobody's business."""
+    return sorted(
         path
         for path in site.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(site).parts)
     )
-    mark = f'name="generator" content="{GENERATOR}"'.encode()
-    if there and not any(mark in path.read_bytes()[:2000] for path in site.glob("*.html")):
-        raise UserError(f"{site} holds something else than a board: name an empty folder in --site")
-    known = set(wanted)
-    return [path for path in there if path not in known]
 
 
 class _Writer:
@@ -164,6 +169,7 @@ class _Writer:
     def __init__(self, results: Path, site: Path, root: str, shared: dict[str, Any]) -> None:
         folder = site / "entries" if root else site
         self._up = quote(Path(os.path.relpath(results, folder)).as_posix())
+        self._recipes: dict[str, Markup] = {}
         self._environment = _environment()
         self._environment.globals |= shared | {
             "root": root, "result": self._result, "columns": columns, "marks": marks,
@@ -173,12 +179,19 @@ class _Writer:
             "confidence": f"{CONFIDENCE:.0%}".replace("%", " %"),
             "certain": f"{CERTAIN:.0%}".replace("%", " %"),
             "command": _command, "pictures": PICTURES, "told": _told, "share": share,
-            "describe": _describe,
+            "describe": _describe, "recipe": self._recipe, "seeds": _seeds,
         }  # fmt: skip
 
     def page(self, template: str, **values: Any) -> str:
         """The text of a page."""
         return self._environment.get_template(template).render(values)
+
+    def _recipe(self, victim: VictimScores) -> Markup:
+        """The numbers of a recipe, which is mostly that of its track, and rendered once."""
+        key = canonical([victim.recipe_name, victim.recipe])
+        if key not in self._recipes:
+            self._recipes[key] = Markup(self.page("recipe.html.j2", victim=victim))
+        return self._recipes[key]
 
     def _result(self, *parts: str) -> str:
         """The address of a file among the results."""
@@ -216,6 +229,18 @@ def _told(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values, as far as a page can show them."""
     told = list(values.items())[:MOST]
     return [(name, v if isinstance(v, str) else canonical(v)) for name, v in told]
+
+
+def _seeds(victim: VictimScores) -> list[tuple[int, Markup]]:
+    """Cells of a table: for each seed clean, poisoned, what was lost, and the best epochs."""
+    several = zip(
+        victim.clean, victim.poisoned, victim.drops, victim.clean_best, victim.poisoned_best, strict=True
+    )
+    cell = '<td class="num">{:.2f}</td>'  # of numbers, which need no escaping
+    return [
+        (seed, Markup("".join(cell.format(round(x, 9) + 0.0) for x in numbers)))
+        for seed, numbers in zip(victim.seeds, several, strict=True)
+    ]
 
 
 def _command(record: Record) -> str | None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC
+from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
@@ -31,7 +33,7 @@ from poisonbench.tracks import TRACKS
 from .figures import FOLDER, Picture, of_game, of_siege, pictures
 from .games import Game, Row, canonical, read
 from .shields import Siege, left_out, sieges
-from .site import left_over
+from .site import left_over, require_ours
 from .site import pages as build_site
 
 BEGIN = "<!-- leaderboard: begin -->"
@@ -79,21 +81,26 @@ def update(
     wanted = {results / path: text for path, text in _files(board).items()}
     if readme is not None:
         wanted[readme] = _inserted(readme, results, board.games)
-    left: list[Path] = []
+    drawn = {results / path: picture for path, picture in board.figures.items()}
+    there = [*(results / "tables").glob("*.csv"), *(results / FOLDER).glob("*.png")]
+    stale = sorted(path for path in there if path not in wanted and path not in drawn)
+    pages: Iterator[tuple[Path, str]] = iter(())
     if site is not None:
-        pages = build_site(
+        require_ours(site)
+        made = build_site(
             results, site, board.games, board.sieges, board.figures, board.left_out
         )
-        wanted |= {site / path: text for path, text in pages.items()}
-        left = left_over(site, list(wanted))
-    changed = [path for path, text in wanted.items() if _bytes(path) != text.encode()]
-    drawn = {results / path: picture for path, picture in board.figures.items()}
+        pages = ((site / path, text) for path, text in made)
+    changed, known = [], set()
+    for path, text in chain(pages, wanted.items()):
+        known.add(path)
+        if _bytes(path) != text.encode():
+            changed.append(path)
+            if not check:
+                write_text(path, text)
     redrawn = [path for path, picture in drawn.items() if not picture.is_in(path)]
-    there = [*(results / "tables").glob("*.csv"), *(results / FOLDER).glob("*.png")]
-    stale = sorted(path for path in there if path not in wanted and path not in drawn) + left
+    stale += left_over(site, known) if site is not None else []
     if not check:
-        for path in changed:
-            write_text(path, wanted[path])
         for path in redrawn:
             drawn[path].save(path)
         for path in stale:

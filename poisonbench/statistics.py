@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -64,11 +64,7 @@ def mean_interval(sample: Sequence[float]) -> Interval:
     """
     if len(sample) < 2:
         raise UserError("an interval needs at least 2 seeds: one accuracy alone is never a result")
-    values = np.asarray(sample, np.float64)
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    half = float(_quantile(len(values) - 1) * error)
-    mean = float(values.mean())
-    return Interval(mean=mean, low=mean - half, high=mean + half, n=len(values))
+    return _mean_interval(tuple(sample))
 
 
 def paired_drop(clean: Sequence[float], poisoned: Sequence[float]) -> Interval:
@@ -138,6 +134,15 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
         return None
     root = float(np.sqrt(max(b**2 - a * c, 0.0)))
     return Interval(mean=float(x.mean() / y.mean()), low=(b - root) / a, high=(b + root) / a, n=number)
+
+
+@lru_cache(maxsize=2**17)  # a board of ten thousand records asks for each of theirs several times
+def _mean_interval(sample: tuple[float, ...]) -> Interval:
+    values = np.asarray(sample, np.float64)
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    half = float(_quantile(len(values) - 1) * error)
+    mean = float(values.mean())
+    return Interval(mean=mean, low=mean - half, high=mean + half, n=len(values))
 
 
 @cache
