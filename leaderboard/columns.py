@@ -127,7 +127,9 @@ def _transfer(recipe: str) -> Column:
     def cell(row: Row) -> Cell:
         return _interval(row.transfer[recipe].drop) if recipe in row.transfer else Cell(UNKNOWN)
 
-    return Column(f"transfer, {recipe}", "Drop of victims that the attack was not crafted against.", cell)
+    return Column(
+        f"transfer, {recipe}", "Drop of victims that the attack was not crafted against.", cell
+    )
 
 
 def _interval(interval: Interval) -> Cell:
@@ -162,4 +164,8 @@ def _seconds(row: Row) -> Cell:
 
 
 def _trainings(row: Row) -> Cell:
-    return Cell(UNKNOWN) if row.trainings is None else Cell(f"{row.trainings:,.0f}", round(row.trainings, 1))
+    return (
+        Cell(UNKNOWN)
+        if row.trainings is None
+        else Cell(f"{row.trainings:,.0f}", round(row.trainings, 1))
+    )

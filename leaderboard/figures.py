@@ -31,7 +31,7 @@ DIGEST = "Description"
 ENOUGH = 3
 """Checks on held-out seeds that make a curve."""
 MOST = 24
-"""Attacks, controls or defences that one figure can show apart: the first of their table, which has all."""
+"""Attacks, controls or defences that one figure can show apart: the first; the table has all."""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,10 @@ def pages(
     }  # fmt: skip
     top, below = _Writer(results, site, "", shared), _Writer(results, site, "../", shared)
     assets = Path(__file__).with_name("assets")
-    yield Path("index.html"), top.page("index.html.j2", here="index")  # first: a folder is known for ours by a page
+    yield (
+        Path("index.html"),
+        top.page("index.html.j2", here="index"),
+    )  # first: a folder is known for ours by a page
     yield from ((Path("assets", name), (assets / name).read_text("utf-8")) for name in ASSETS)
     yield Path("about.html"), top.page("about.html.j2", here="about")
     yield Path("other.html"), top.page("other.html.j2", here="other", outside=outside)

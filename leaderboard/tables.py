@@ -1,9 +1,9 @@
 """The tables: every committed record, game by game, as Markdown and as CSV.
 
 Everything here is derived. `update` reads the records below a folder and writes `README.md`, one CSV
-per table and the figures beside them, and the static site; the same records give the same texts on every machine, byte for
-byte, and figures of the same numbers, so a test can compare what is committed with what the records
-give.
+per table and the figures beside them, and the static site; the same records give the same texts on
+every machine, byte for byte, and figures of the same numbers, so a test can compare what is committed
+with what the records give.
 
 A record may come from a stranger, so whatever it says is escaped before it stands on a page.
 """
@@ -87,9 +87,7 @@ def update(
     pages: Iterator[tuple[Path, str]] = iter(())
     if site is not None:
         require_ours(site)
-        made = build_site(
-            results, site, board.games, board.sieges, board.figures, board.left_out
-        )
+        made = build_site(results, site, board.games, board.sieges, board.figures, board.left_out)
         pages = ((site / path, text) for path, text in made)
     changed, known = [], set()
     for path, text in chain(pages, wanted.items()):

@@ -26,9 +26,9 @@ CONFIDENCE = 0.95
 CERTAIN = 0.99
 """Of what is held against somebody: a claim that one honest author in two hundred would see flagged."""
 RANKING = (
-    "An attack ranks above another only where its whole interval lies above the other's. An attack's rank"
-    " is one more than the number of attacks that rank above it; those that share it cannot be told apart"
-    " from the best among them. Ranks never come from the best of several seeds."
+    "An attack ranks above another only where its whole interval lies above the other's. An attack's"
+    " rank is one more than the number of attacks that rank above it; those that share it cannot be"
+    " told apart from the best among them. Ranks never come from the best of several seeds."
 )
 
 

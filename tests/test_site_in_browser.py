@@ -6,8 +6,8 @@ Claims of `poisonbench.leaderboard.site` and its script tested here, on pages op
 - searching leaves the rows that match, and says how many;
 - long tables have pages; every row can be reached and found;
 - links between pages work; the first one leads past the navigation;
-- a table that is too wide scrolls in its own box, which the keyboard reaches, and the page does not, on a
-  phone neither;
+- a table that is too wide scrolls in its own box, which the keyboard reaches, and the page does not, on
+  a phone neither;
 - no message of the console, nothing asked of the network, nothing of a hostile record run;
 - axe finds nothing serious, light or dark;
 - what stands without a script is the whole table.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_leaderboard import DIGITS, FREE, controls, make, put
+from test_leaderboard import FREE, controls, make, put
 from test_shields import guarded
 from test_site import dispute, hostile, verified
 
@@ -41,7 +41,9 @@ def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="NOT TESTED: playwright is not installed")
     path = os.environ.get("POISONBENCH_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
-        pytest.skip("NOT TESTED: no Chromium to show the site in; install it or name it in POISONBENCH_CHROMIUM")
+        pytest.skip(
+            "NOT TESTED: no Chromium to show the site in; install it or name it in POISONBENCH_CHROMIUM"
+        )
     with api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield started
@@ -105,7 +107,7 @@ def column(page: Any, heading: str) -> list[str]:
 
 
 def wait_for(page: Any, happened: Callable[[], bool]) -> None:
-    """Until the page has done what a key or a click asked for; its own policy forbids Playwright's way."""
+    """Until the page has done what it was asked for; its own policy forbids Playwright's way."""
     for _ in range(100):
         if happened():
             return
