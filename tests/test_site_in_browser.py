@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_entry_pages import hostile
 from test_leaderboard import FREE, controls, make, put
 from test_shields import guarded
-from test_site import dispute, hostile, verified
+from test_site import dispute, verified
 
 pytestmark = pytest.mark.browser
 tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
