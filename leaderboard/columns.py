@@ -13,7 +13,7 @@ from poisonbench.statistics import CERTAIN, Interval
 from .games import Game, Row
 
 UNKNOWN = "–"
-SHORT = 140
+SHORT = 90
 """Characters of a dispute that a table shows; the entry's page has the rest."""
 
 

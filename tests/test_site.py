@@ -43,7 +43,7 @@ tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
 papers: Any = importlib.import_module("poisonbench.leaderboard.papers")
 site_module: Any = importlib.import_module("poisonbench.leaderboard.site")
 
-VOID = {"meta", "link", "img", "input", "br", "hr"}
+VOID = {"meta", "link", "img"}
 
 
 class Page(HTMLParser):
