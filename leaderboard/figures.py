@@ -30,6 +30,8 @@ DIGEST = "Description"
 """Of the text fields that a PNG may have."""
 ENOUGH = 3
 """Checks on held-out seeds that make a curve."""
+MOST = 24
+"""Attacks, controls or defences that one figure can show apart: the first; the table has all."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,10 @@ def _costs(game: Game, results: Path) -> dict[str, Any] | None:
     rows = [row for row in game.ranked if row.trainings is not None]
     if len({row.record.attack for row in rows if row.trainings}) < 2:
         return None
+    attacks = [row for row in rows if row.control is None][:MOST]
+    controls = [row for row in rows if row.control is not None][:MOST]
+    shown = {row.folder for row in attacks + controls}
+    rows = [row for row in rows if row.folder in shown]
     judge = game.recipes[0]
     points = [
         {
@@ -149,7 +155,7 @@ def _fractions(games: list[Game]) -> dict[str, dict[str, Any]]:
                 "name": name,
                 "points": [{"fraction": fraction, **_drop(row, judge)} for fraction, row in line],
             }
-            for name, line in lines(group)
+            for name, line in lines(group)[:MOST]
         ]
         if drawn:
             title = group[0].title.rpartition(",")[0]
@@ -212,18 +218,18 @@ def _draw_fractions(numbers: dict[str, Any]) -> Figure:
 
 def _siege(siege: Siege) -> dict[str, Any]:
     """Won back by attack and defence, and the price of each defence."""
+    attacks, defenses = siege.attacks[:MOST], siege.defenses[:MOST]
     return {
         "title": siege.game.title, "victims": siege.judge,
-        "attacks": siege.attacks, "defenses": siege.defenses,
+        "attacks": attacks, "defenses": defenses,
         "won_back": [
-            [_share(siege.cells.get((attack, defense))) for defense in siege.defenses]
-            for attack in siege.attacks
+            [_share(siege.cells.get((attack, defense))) for defense in defenses] for attack in attacks
         ],
         "price": [
             [round(x, 4) for x in (price.mean, (price.high - price.low) / 2)]
-            for price in map(siege.price, siege.defenses)
+            for price in map(siege.price, defenses)
         ],
-        "mean": [None if m is None else round(m, 4) for m in map(siege.mean_won_back, siege.defenses)],
+        "mean": [None if m is None else round(m, 4) for m in map(siege.mean_won_back, defenses)],
     }  # fmt: skip
 
 
@@ -264,5 +270,6 @@ def _finish(axes: Axes, x: str) -> None:
     axes.set_xlabel(x)
     if axes.get_ylim()[0] <= 0:
         axes.axhline(0, color="0.8", linewidth=1, zorder=0)
-    axes.legend(frameon=False, fontsize=7)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,17 +12,22 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from poisonbench import records, transfer
+from poisonbench import records, transfer, verification
 from poisonbench.records import Record, VictimScores
-from poisonbench.statistics import CURRENT, RULES
+from poisonbench.statistics import CURRENT, RULES, Interval
 from poisonbench.tracks import TRACKS
+from poisonbench.verification import Dispute, Verification
 
+Found = Sequence[tuple[Path, Record]]
+"""Records with their paths, as `poisonbench.records.find` gives them."""
 LATER = {"against": "", "differentiated": 1.0}
 """Options that attacks were given later, with the values that they had in effect before."""
 FLIPS = ("label_flip (spread=random)", "label_flip (spread=concentrated)")
@@ -40,6 +45,9 @@ class Row:
         control: which of the controls that every table should have it is, if any. A poison that
             was handed in is none, whatever it is called.
         transfer: scores on the track's transfer victims, by name, as far as they were measured.
+        verification: what a maintainer measured of its poison, if anything.
+        disputes: results that break it, in the order in which they were raised.
+        beside: names of the files in its folder.
         trainings: crafting time in trainings of one victim, as long as these took in the median of the
             table's records; None where it was not measured.
         rank: its place, from 1; None where the record is set aside.
@@ -52,9 +60,22 @@ class Row:
     name: str
     control: str | None
     transfer: Mapping[str, VictimScores]
+    verification: Verification | None = None
+    disputes: tuple[Dispute, ...] = ()
+    beside: frozenset[str] = frozenset()
     trainings: float | None = None
     rank: int | None = None
     tied: bool = False
+
+    @cached_property
+    def excess(self) -> dict[str, Interval]:
+        """By how much it claims more than a maintainer measured, in points, recipe by recipe."""
+        return self.verification.excess(self.record) if self.verification else {}
+
+    @property
+    def flagged(self) -> list[str]:
+        """The recipes on which it claims more than the measurement allows."""
+        return [name for name, excess in self.excess.items() if excess.low > 0]
 
     def scores(self, recipe: str) -> VictimScores:
         """What victims of that recipe scored; the rows of a table share their recipes."""
@@ -113,18 +134,19 @@ class Game:
     missing: list[str]
 
 
-def read(results: Path, rules: int = CURRENT) -> list[Game]:
+def read(results: Path, rules: int = CURRENT, found: Found | None = None) -> list[Game]:
     """Every table of the records below a folder: the frozen tracks' in their order, then the others.
 
     Args:
         results: the folder.
         rules: version of the rule that ranks attacks.
+        found: its records, where they have been read already.
 
     Raises:
         UserError: a record is not valid.
     """
     groups: dict[str, list[tuple[Path, Record]]] = {}
-    for path, record in records.find(results):
+    for path, record in records.find(results) if found is None else found:
         if record.defense != "none":
             continue  # see `shields`
         groups.setdefault(_key(record), []).append((path.parent, record))
@@ -197,13 +219,19 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
     set_aside: list[Row] = []
     for folder, record in group:
         kind = _name(record, {"spread"})
+        beside = frozenset(path.name for path in folder.iterdir() if path.is_file())
+        verified = verification.FILE in beside
+        disputed = any(fnmatchcase(name, verification.DISPUTES) for name in beside)
         row = Row(
             record=record,
             folder=folder.relative_to(results).as_posix(),
-            pictures=tuple(p for p in ("summary.png",) if (folder / p).is_file()),
+            pictures=tuple(p for p in ("summary.png",) if p in beside),
             name=_name(record, telling.get(record.attack, ())),
             control=kind if kind in controls else None,
-            transfer=_transfer(folder, record),
+            transfer=_transfer(folder, record) if transfer.FILE in beside else {},
+            verification=verification.verification_of(folder, record) if verified else None,
+            disputes=tuple(verification.disputes_of(folder, record)) if disputed else (),
+            beside=beside,
         )
         (ranked if record.status == "valid" else set_aside).append(row)
     ranked = _with_ranks(_with_costs(ranked), recipes[0], rules)
@@ -220,11 +248,12 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
 
 
 def _transfer(folder: Path, record: Record) -> dict[str, VictimScores]:
-    """Scores on transfer victims, where they are of this poison and of the track as it is now."""
-    path = folder / transfer.FILE
-    if not path.is_file():
-        return {}
-    measured = transfer.Transfer.load(path)
+    """Scores on transfer victims, where they are of this poison and of the track as it is now.
+
+    Raises:
+        UserError: the file is not valid.
+    """
+    measured = transfer.Transfer.load(folder / transfer.FILE)
     return {v.recipe_name: v for v in measured.victims} if measured.is_of(record) else {}
 
 

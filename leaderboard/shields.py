@@ -25,7 +25,7 @@ from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import Interval, mean_interval, paired_drop, ratio_interval
 from poisonbench.tracks import TRACKS
 
-from .games import Game, Row, canonical, one_training, telling_name
+from .games import Found, Game, Row, canonical, one_training, telling_name
 
 CONTROLS = ("none", "oracle", "random_filter")
 FEWEST = 5
@@ -120,37 +120,47 @@ def share(interval: Interval | None) -> str:
     return f"{mean} %, {low} to {high}"
 
 
-def left_out(results: Path, games: Sequence[Game]) -> list[tuple[str, Record, str]]:
+def left_out(
+    results: Path, games: Sequence[Game], found: Found | None = None
+) -> list[tuple[str, Record, str]]:
     """Defended records that no table shows: their folder, themselves, and why."""
-    rows = [row for game in games if game.frozen for row in game.ranked]
-    found: list[tuple[str, Record, str]] = []
-    for path, record in records.find(results):
+    rows: dict[str, list[Row]] = {}
+    for row in (row for game in games if game.frozen for row in game.ranked):
+        rows.setdefault(row.record.poison_hash, []).append(row)
+    left: list[tuple[str, Record, str]] = []
+    for path, record in records.find(results) if found is None else found:
         folder = path.parent.relative_to(results).as_posix()
         if record.defense == "none":
             continue
         if record.status != "valid":
-            found.append((folder, record, record.remark))
-        elif not any(_belongs(record, row) for row in rows):
-            found.append((folder, record, "no valid undefended record of the same poison and victims"))
-    return found
+            left.append((folder, record, record.remark))
+        elif not any(_belongs(record, row) for row in rows.get(record.poison_hash, ())):
+            left.append((folder, record, "no valid undefended record of the same poison and victims"))
+    return left
 
 
-def sieges(results: Path, games: Sequence[Game]) -> list[Siege]:
-    """One for each table that has defended records, in order of tables."""
+def sieges(results: Path, games: Sequence[Game], found: Found | None = None) -> list[Siege]:
+    """One for each table that has defended records, in order of tables.
+
+    Args:
+        results: where the records are.
+        games: their tables.
+        found: the records, where they have been read already.
+    """
     defended = [
         (path.parent, record)
-        for path, record in records.find(results)
+        for path, record in (records.find(results) if found is None else found)
         if record.defense != "none" and record.status == "valid"
     ]
-    found: list[Siege] = []
+    several_of: list[Siege] = []
     for game in games:
         if not game.frozen:
             continue
         rows = {row.record.poison_hash: row for row in game.ranked}
         several = [(folder, r) for folder, r in defended if _belongs(r, rows.get(r.poison_hash))]
         if several:
-            found.append(_siege(game, rows, several, results))
-    return found
+            several_of.append(_siege(game, rows, several, results))
+    return several_of
 
 
 def _belongs(record: Record, row: Row | None) -> bool:

@@ -1,9 +1,9 @@
 """The tables: every committed record, game by game, as Markdown and as CSV.
 
 Everything here is derived. `update` reads the records below a folder and writes `README.md`, one CSV
-per table and the figures beside them; the same records give the same texts on every machine, byte for
-byte, and figures of the same numbers, so a test can compare what is committed with what the records
-give.
+per table and the figures beside them, and the static site; the same records give the same texts on
+every machine, byte for byte, and figures of the same numbers, so a test can compare what is committed
+with what the records give.
 
 A record may come from a stranger, so whatever it says is escaped before it stands on a page.
 """
@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC
+from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
 import jinja2
 import pandas as pd
 
+from poisonbench import records
 from poisonbench._files import require_writable, write_text
 from poisonbench.errors import UserError
+from poisonbench.records import Record
 from poisonbench.statistics import CONFIDENCE, CURRENT, RULES, Interval
 from poisonbench.threat import LInf
 from poisonbench.tracks import TRACKS
@@ -28,6 +33,8 @@ from poisonbench.tracks import TRACKS
 from .figures import FOLDER, Picture, of_game, of_siege, pictures
 from .games import Game, Row, canonical, read
 from .shields import Siege, left_out, sieges
+from .site import left_over, require_ours
+from .site import pages as build_site
 
 BEGIN = "<!-- leaderboard: begin -->"
 END = "<!-- leaderboard: end -->"
@@ -48,39 +55,50 @@ def build(results: Path, rules: int = CURRENT) -> dict[Path, str]:
     Raises:
         UserError: a record is not valid.
     """
-    games = read(results, rules)
-    figures = pictures(games, results, sieges(results, games))
-    return _files(results, games, figures, rules)
+    return _files(_Board.of(results, rules), rules)
 
 
-def update(results: Path, readme: Path | None = None, check: bool = False) -> list[Path]:
+def update(
+    results: Path, readme: Path | None = None, check: bool = False, site: Path | None = None
+) -> list[Path]:
     """Bring the files up to date with the records, or say which are not.
 
     Args:
         results: where the records are, and where the tables go.
         readme: a page whose part between the markers is replaced by the frozen tracks' tables.
         check: write nothing.
+        site: where the static site goes, if it is wanted.
 
     Returns:
         The paths that were not what the records give, tables that belong to no record included.
         Without `check` they now are up to date, or gone.
 
     Raises:
-        UserError: a record is not valid, the page lacks its markers, or a file cannot be written.
+        UserError: a record is not valid, the page lacks its markers, the folder of the site holds
+            something else, or a file cannot be written.
     """
-    games = read(results)
-    figures = pictures(games, results, sieges(results, games))
-    wanted = {results / path: text for path, text in _files(results, games, figures, CURRENT).items()}
+    board = _Board.of(results)
+    wanted = {results / path: text for path, text in _files(board, CURRENT).items()}
     if readme is not None:
-        wanted[readme] = _inserted(readme, results, games)
-    changed = [path for path, text in wanted.items() if _bytes(path) != text.encode()]
-    drawn = {results / path: picture for path, picture in figures.items()}
-    redrawn = [path for path, picture in drawn.items() if not picture.is_in(path)]
+        wanted[readme] = _inserted(readme, results, board.games)
+    drawn = {results / path: picture for path, picture in board.figures.items()}
     there = [*(results / "tables").glob("*.csv"), *(results / FOLDER).glob("*.png")]
     stale = sorted(path for path in there if path not in wanted and path not in drawn)
+    pages: Iterator[tuple[Path, str]] = iter(())
+    if site is not None:
+        require_ours(site)
+        made = build_site(results, site, board.games, board.sieges, board.figures, board.left_out)
+        pages = ((site / path, text) for path, text in made)
+    changed, known = [], set()
+    for path, text in chain(pages, wanted.items()):
+        known.add(path)
+        if _bytes(path) != text.encode():
+            changed.append(path)
+            if not check:
+                write_text(path, text)
+    redrawn = [path for path, picture in drawn.items() if not picture.is_in(path)]
+    stale += left_over(site, known) if site is not None else []
     if not check:
-        for path in changed:
-            write_text(path, wanted[path])
         for path in redrawn:
             drawn[path].save(path)
         for path in stale:
@@ -120,10 +138,26 @@ def escape(text: object) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _files(
-    results: Path, games: list[Game], figures: dict[Path, Picture], rules: int
-) -> dict[Path, str]:
-    several = sieges(results, games)
+@dataclass(frozen=True)
+class _Board:
+    """All that the pages show, of records that were read once."""
+
+    games: list[Game]
+    sieges: list[Siege]
+    figures: dict[Path, Picture]
+    left_out: list[tuple[str, Record, str]]
+
+    @staticmethod
+    def of(results: Path, rules: int = CURRENT) -> _Board:
+        found = records.find(results)
+        games = read(results, rules, found)
+        several = sieges(results, games, found)
+        figures = pictures(games, results, several)
+        return _Board(games, several, figures, left_out(results, games, found))
+
+
+def _files(board: _Board, rules: int) -> dict[Path, str]:
+    games, several, figures = board.games, board.sieges, board.figures
     tracks = [(t, [g for g in games if g.frozen and g.track == t.name]) for t in TRACKS.values()]
     page = _template("results.md.j2").render(
         tracks=tracks,
@@ -134,7 +168,7 @@ def _files(
         rule=RULES[rules].statement,
         of_game=of_game,
         of_siege=of_siege,
-        left_out=left_out(results, games),
+        left_out=board.left_out,
         siege_of={siege.game.slug: siege for siege in several},
         curves={
             name: [path for path, picture in figures.items() if picture.numbers.get("track") == name]

@@ -332,15 +332,19 @@ def leaderboard(
     readme: Annotated[
         Path | None, typer.Option(help="A page whose marked part gets the tables too.")
     ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the static site. [default: leaderboard/site, for results/]"),
+    ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; fail if a table is out of date.")
+        bool, typer.Option("--check", help="Write nothing; fail if a table or page is out of date.")
     ] = False,
     rules: Annotated[
         int | None, typer.Option(help="Another version of the rules, for tables in the folder --to.")
     ] = None,
     to: Annotated[Path | None, typer.Option(help="A new folder for the tables of --rules.")] = None,
 ) -> None:
-    """Make all tables anew from the records: the same records give the same bytes."""
+    """Make all tables and the site anew from the records: the same records give the same bytes."""
     import importlib
 
     if not results.is_dir():
@@ -353,7 +357,9 @@ def leaderboard(
         return
     if readme is None and Path("README.md").is_file() and results == Path("results"):
         readme = Path("README.md")
-    changed = tables.update(results, readme, check)
+    if site is None and results == Path("results"):
+        site = Path("leaderboard", "site")
+    changed = tables.update(results, readme, check, site)
     for path in changed:
         print(path)
     if check and changed:

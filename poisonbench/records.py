@@ -10,6 +10,7 @@ import json
 import platform
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -155,7 +156,7 @@ class VictimScores(Frozen):
     @property
     def whole_recipe(self) -> dict[str, Any]:
         """The recipe, with fields that it did not have when this was measured at their defaults."""
-        return {**Recipe().as_dict(), **self.recipe}
+        return {**_default_recipe(), **self.recipe}
 
     @property
     def drops(self) -> list[float]:
@@ -256,6 +257,11 @@ class Record(Stored):
     def victim(self, name: str) -> VictimScores | None:
         """The scores on the recipe of that name, if it was measured."""
         return next((v for v in self.victims if v.recipe_name == name), None)
+
+
+@cache
+def _default_recipe() -> dict[str, Any]:
+    return Recipe().as_dict()
 
 
 def find(folder: Path) -> list[tuple[Path, Record]]:

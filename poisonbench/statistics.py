@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -74,15 +75,9 @@ def mean_interval(sample: Sequence[float]) -> Interval:
     Raises:
         UserError: fewer than two values, of which no interval can be made.
     """
-    from scipy import stats
-
     if len(sample) < 2:
         raise UserError("an interval needs at least 2 seeds: one accuracy alone is never a result")
-    values = np.asarray(sample, np.float64)
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * error)
-    mean = float(values.mean())
-    return Interval(mean=mean, low=mean - half, high=mean + half, n=len(values))
+    return _mean_interval(tuple(sample))
 
 
 def paired_drop(clean: Sequence[float], poisoned: Sequence[float]) -> Interval:
@@ -135,19 +130,34 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     Raises:
         UserError: fewer than two pairs.
     """
-    from scipy import stats
-
     if len(numerators) < 2 or len(numerators) != len(denominators):
         raise UserError("an interval needs at least two pairs")
     x, y = np.asarray(numerators, float), np.asarray(denominators, float)
     number = len(x)
-    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1))
+    t = _quantile(number - 1)
     s = np.cov(x, y) * t**2 / number
     a, b, c = y.mean() ** 2 - s[1, 1], x.mean() * y.mean() - s[0, 1], x.mean() ** 2 - s[0, 0]
     if a <= 0:
         return None
     root = float(np.sqrt(max(b**2 - a * c, 0.0)))
     return Interval(mean=float(x.mean() / y.mean()), low=(b - root) / a, high=(b + root) / a, n=number)
+
+
+@lru_cache(maxsize=2**17)  # a board of ten thousand records asks for each of theirs several times
+def _mean_interval(sample: tuple[float, ...]) -> Interval:
+    values = np.asarray(sample, np.float64)
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    half = float(_quantile(len(values) - 1) * error)
+    mean = float(values.mean())
+    return Interval(mean=mean, low=mean - half, high=mean + half, n=len(values))
+
+
+@cache
+def _quantile(freedom: int) -> float:
+    """Student's, of `CONFIDENCE`; a board asks for the same few of them ten thousand times."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def _above_by_intervals(drops: Float[np.ndarray, "k n"]) -> Int[np.ndarray, " k"]:
@@ -223,14 +233,14 @@ class Rule:
 RULES: Mapping[int, Rule] = {
     1: Rule(
         "A row ranks above another only where its whole interval lies above the other's. Its rank is one"
-        " more than the number of rows that rank above it; `=` marks a shared one.",
+        " more than the number of rows that rank above it.",
         _above_by_intervals,
     ),
     2: Rule(
         "Two rows are compared by the differences of their drops, seed by seed, with Student's test, at"
         " 5 % for the table as a whole (Holm's correction over all its pairs of rows). Where that tells"
         " them apart, the one that costs more ranks above. A row's rank is one more than the number of"
-        " rows that rank above it; `=` marks a shared one.",
+        " rows that rank above it.",
         _above_by_holm,
     ),
 }

@@ -49,6 +49,13 @@ def test_the_leaderboard_finds_its_templates(tmp_path: Path) -> None:
     tables = importlib.import_module("poisonbench.leaderboard.tables")
     pages = tables.build(tmp_path)
     assert pages[Path("README.md")].startswith("#")
+    site = tmp_path / "site"
+    tables.update(tmp_path, site=site)
+    assert {"index.html", "about.html"} <= {path.name for path in site.iterdir()}
+    assert "MIT" in (site / "assets" / "datatables.LICENSE.txt").read_text("utf-8")
+    places = [Path(place) for place in importlib.import_module("poisonbench.leaderboard").__path__]
+    # The generated site is the repository's, and no part of what is installed.
+    assert IN_CHECKOUT or not any((place / "site").exists() for place in places)
 
 
 @pytest.mark.wheel

@@ -1,0 +1,165 @@
+"""An entry's page says all that is known of it, and gives a stranger's words no power over its reader.
+
+Claims of `poisonbench.leaderboard.site` and `papers` tested here:
+
+- an entry's page has its seeds, its options, its command and its BibTeX, and what its author says of it;
+- the paper is the one that the attack's docstring names, and every such docstring is understood;
+- whatever a record, a dispute or an `entry.json` says is text: no element, no script, no address but
+  those of http and https, no command that a shell would read something else into;
+- pages of two entries have two names on every file system.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_leaderboard import make, put
+from test_site import Page, built, dispute, folder_of
+
+from poisonbench import attacks
+from poisonbench.errors import UserError
+
+papers: Any = importlib.import_module("poisonbench.leaderboard.papers")
+site_module: Any = importlib.import_module("poisonbench.leaderboard.site")
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}\u202e`"
+
+
+def test_an_entry_has_all_that_is_known_of_it(tmp_path: Path) -> None:
+    command = "poisonbench run --attack mgd"
+    board = put(tmp_path / "results", make("mgd", attack_config={"steps": 45}, command=command))
+    folder = board / "digits/mgd/none/run-0"
+    said = {
+        "author": "Ada <b>", "description": "Climbs.", "paper": "A paper", "code": "https://example.org/c",
+        "bibtex": "@misc{own}", "unknown": 3,
+    }  # fmt: skip
+    page = "entries/digits-mgd-none-run-0.html"
+    alone = Page(built(board)[page]).text
+    assert "Engstrom and others" in alone
+    assert "Climbs." not in alone
+    assert command in alone
+    (folder / "entry.json").write_text(json.dumps(said))
+    text = Page(built(board)[page]).text
+    for known in ("By Ada <b>.", "Climbs.", "Paper: A paper", "https://example.org/c", "@misc{own}"):
+        assert known in text
+    assert "Engstrom and others" not in text
+    assert "author = {{Ada <b>}}" in text
+    lines = text.splitlines()
+    # Seed 4 by hand: clean, poisoned, lost, and the best epochs; on victims of both kinds.
+    assert lines.count("490.4080.3010.1090.9080.30") == 2
+    assert "steps45" in lines
+
+
+@pytest.mark.parametrize(
+    "wrong", ["[]", "{", "\x00", "[" * 40_000, '{"author": "' + "x" * 70_000 + '"}']
+)
+def test_an_entry_that_is_not_valid_is_refused(tmp_path: Path, wrong: str) -> None:
+    results = put(tmp_path / "results", make("mgd"))
+    (folder_of(results, "mgd") / "entry.json").write_text(wrong)
+    with pytest.raises(UserError, match=r"entry\.json"):
+        built(results)
+    assert not (tmp_path / "board").exists()
+
+
+def test_bibtex_of_an_attacks_paper() -> None:
+    assert papers.of_attack(make("tgda")) == (
+        "@article{lu-2022-indiscriminate,\n"
+        "  title         = {{Indiscriminate Data Poisoning Attacks on Neural Networks}},\n"
+        "  author        = {Lu and Kamath and Yu},\n"
+        "  year          = {2022},\n"
+        "  journal       = {TMLR},\n"
+        "  eprint        = {2204.09092},\n"
+        "  archiveprefix = {arXiv},\n"
+        "  url           = {https://arxiv.org/abs/2204.09092}\n"
+        "}"
+    )
+    # A file that was handed in under an attack's name is not that paper's.
+    assert papers.of_attack(make("tgda", crafting_seconds=None)) == ""
+    assert papers.of_attack(make("unknown")) == ""
+
+
+def test_every_paper_of_an_attack_is_understood() -> None:
+    named = [name for name in attacks.names() if "\nPaper:" in papers.docstring(name)]
+    assert "mgd" in named
+    for name in named:
+        assert papers.of_attack(make(name)).startswith("@"), f"the paper in attacks/{name}.py"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["javascript:alert(1)", "data:text/html,x", "//evil.org", "https:", "http://a b", "file:///etc",
+     "https://x/\u202e", "https://[", "x" * 9],
+)  # fmt: skip
+def test_only_addresses_of_the_web_are_linked(text: str) -> None:
+    assert papers.address(text) is None
+
+
+def hostile(results: Path) -> None:
+    evil: dict[str, Any] = {
+        "attack_config": {EVIL: EVIL, "deep": {"a": [EVIL]}}, "command": f"poisonbench run; {EVIL}",
+        "libraries": {EVIL: EVIL}, "code": {"version": EVIL, "commit": EVIL, "dirty": True},
+        "custom": [EVIL], "hardware": {"system": EVIL, "processor": EVIL, "cores": 2, "device": EVIL},
+    }  # fmt: skip
+    put(results, make("evil", **evil), make("old", status="invalid", remark=EVIL))
+    folder = folder_of(results, "evil")
+    dispute(make(), EVIL, evidence="javascript:alert(3)").save(folder / "dispute-1.json")
+    said = dict.fromkeys(("author", "description", "paper", "bibtex"), EVIL)
+    (folder / "entry.json").write_text(json.dumps(said | {"code": "javascript:alert(4)"}))
+    folder.rename(folder.with_name("run & <b> %22"))
+
+
+def test_what_a_record_says_is_text(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    hostile(results)
+    pages = built(results)
+    tame = built(
+        put(tmp_path / "tame" / "results", make("mgd"), make("old", status="invalid", remark="x"))
+    )
+    allowed = {tag for text in tame.values() for tag, _ in Page(text).elements} | {"span", "strong"}
+    assert "img" not in allowed
+    shown = 0
+    for name, text in pages.items():
+        page = Page(text)
+        assert {tag for tag, _ in page.elements} <= allowed, name
+        assert all(script.get("src") for script in page.all("script"))
+        assert not any(a.startswith("on") for _, attributes in page.elements for a in attributes)
+        assert all("alert(" not in (a.get("href") or "") for a in page.all("a"))
+        assert "\u202e" not in text
+        shown += EVIL.replace("\u202e", " ") in page.text
+    assert shown >= 3  # the entry's page, its table, and that of the record set aside
+    (entry,) = [
+        text for name, text in pages.items() if name.startswith("entries/digits-evil-none-run-b-")
+    ]
+    assert "is not one of" in entry
+    assert "poisonbench run; " not in entry
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("poisonbench run --attack mgd", True),
+        ("poisonbench run --set 'smooth.width=3 2'", True),
+        ("poisonbench run; rm -rf x", False),
+        ("poisonbench run $(x)", False),
+        ("poisonbench run\nx", False),
+        ("sudo poisonbench run", False),
+        ("poisonbench 'run", False),
+        ("", False),
+    ],
+)
+def test_only_commands_of_this_program_are_shown(command: str, shown: bool) -> None:
+    assert (site_module._command(make(command=command)) is not None) == shown
+
+
+def test_names_of_pages_differ_however_they_are_compared() -> None:
+    folders = ["digits/a/none/run", "digits/A/none/run", "digits/a-none/run", "digits/a/none-run",
+               "a b", "a%20b", "x" * 300, "x" * 301, "../../etc"]  # fmt: skip
+    slugs = site_module._slugs(folders)
+    assert len({slug.lower() for slug in slugs.values()}) == len(folders)
+    assert all(re.fullmatch(r"[a-z0-9_-]{1,120}", slug) for slug in slugs.values())
+    assert site_module._slugs(folders[:1]) == {"digits/a/none/run": "digits-a-none-run"}
