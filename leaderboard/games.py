@@ -316,22 +316,17 @@ def _flattened(config: dict[str, Any]) -> dict[str, Any]:
 
 def _with_costs(rows: list[Row]) -> list[Row]:
     """Crafting times in one unit: machines are busy at times, and one record's victims may be slow."""
-    unit = one_training([row.record for row in rows])
+    each = [
+        row.record.evaluation_seconds / (2 * sum(len(victim.seeds) for victim in row.record.victims))
+        for row in rows
+    ]
+    unit = statistics.median(each) if each else 0.0
     return [
         replace(row, trainings=row.record.crafting_seconds / unit)
         if unit and row.record.crafting_seconds is not None
         else row
         for row in rows
     ]
-
-
-def one_training(several: Iterable[Record]) -> float:
-    """Seconds that one victim took, in the median of these records; 0 where there are none."""
-    each = [
-        record.evaluation_seconds / (2 * sum(len(victim.seeds) for victim in record.victims))
-        for record in several
-    ]
-    return statistics.median(each) if each else 0.0
 
 
 def _with_ranks(rows: list[Row], recipe: str, rules: int) -> list[Row]:

@@ -25,7 +25,7 @@ from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import Interval, mean_interval, paired_drop, ratio_interval
 from poisonbench.tracks import TRACKS
 
-from .games import Found, Game, Row, canonical, one_training, telling_name
+from .games import Found, Game, Row, canonical, telling_name
 
 CONTROLS = ("none", "oracle", "random_filter")
 FEWEST = 5
@@ -95,12 +95,6 @@ class Siege:
     def price(self, defense: str) -> Interval:
         """Its price, which is the same whatever the attack: clean victims never meet one."""
         return self.of(defense)[0].price
-
-    def cost(self, defense: str) -> str:
-        """The time of one defended victim in trainings of an undefended one, on machines in use."""
-        unit = one_training(row.record for row in self.game.ranked)
-        mine = one_training(cell.record for cell in self.of(defense))
-        return f"{mine / unit:.1f}" if unit else "–"
 
     def of(self, defense: str) -> list[Cell]:
         """The cells of one defence, in order of attacks."""
