@@ -217,24 +217,20 @@ def _draw_fractions(numbers: dict[str, Any]) -> Figure:
 
 
 def _siege(siege: Siege) -> dict[str, Any]:
-    """Won back by attack and defence, and the price of each defence."""
+    """Points won back by attack and defence; price of each defence, and the share that it wins back."""
     attacks, defenses = siege.attacks[:MOST], siege.defenses[:MOST]
+    shares = [siege.won_back(defense) for defense in defenses]
     return {
         "title": siege.game.title, "victims": siege.judge,
         "attacks": attacks, "defenses": defenses,
-        "won_back": [
-            [_share(siege.cells.get((attack, defense))) for defense in defenses] for attack in attacks
-        ],
-        "price": [
-            [round(x, 4) for x in (price.mean, (price.high - price.low) / 2)]
-            for price in map(siege.price, defenses)
-        ],
-        "mean": [None if m is None else round(m, 4) for m in map(siege.mean_won_back, defenses)],
+        "won": [[_won(siege.cells.get((attack, d))) for d in defenses] for attack in attacks],
+        "price": [[round(x, 4) for x in (p.mean, p.low, p.high)] for p in map(siege.price, defenses)],
+        "share": [None if s is None else [round(x, 4) for x in (s.mean, s.low, s.high)] for s in shares],
     }  # fmt: skip
 
 
-def _share(cell: Cell | None) -> float | None:
-    return None if cell is None or cell.won_back is None else round(cell.won_back.mean, 4)
+def _won(cell: Cell | None) -> float | None:
+    return None if cell is None else round(float(np.mean(cell.won)), 4)
 
 
 def _draw_siege(numbers: dict[str, Any]) -> Figure:
@@ -244,26 +240,33 @@ def _draw_siege(numbers: dict[str, Any]) -> Figure:
         f"{numbers['title']}: what defences win back, {numbers['victims']} victims", fontsize=10
     )
     left, right = figure.subplots(1, 2, width_ratios=[1, 1])
-    shares = np.array(numbers["won_back"], float).T  # None is NaN, and blank
-    shown = left.imshow(shares, cmap="RdYlGn", vmin=-0.5, vmax=1.5, aspect="auto")
+    points = np.array(numbers["won"], float).T  # None is NaN, and blank
+    most = float(np.nanmax(np.abs(points), initial=0.1))
+    shown = left.imshow(points, cmap="RdYlGn", vmin=-most, vmax=most, aspect="auto")
     left.set_xticks(range(len(attacks)), attacks, rotation=30, ha="right", fontsize=8)
     left.set_yticks(range(len(defenses)), defenses, fontsize=8)
-    for (i, j), value in np.ndenumerate(shares):
-        left.text(
-            j, i, "–" if np.isnan(value) else f"{100 * value:.0f}", ha="center", va="center", fontsize=7
-        )
-    figure.colorbar(shown, ax=left, label="share of the lost accuracy won back", shrink=0.6)
-    for i, (name, (price, half), mean) in enumerate(
-        zip(defenses, numbers["price"], numbers["mean"], strict=True)
+    for (i, j), value in np.ndenumerate(points):
+        text = "" if np.isnan(value) else f"{round(value, 1) + 0:.1f}"
+        left.text(j, i, text, ha="center", va="center", fontsize=7)
+    figure.colorbar(shown, ax=left, label="points of accuracy over no defence", shrink=0.6)
+    for i, (name, price, won) in enumerate(
+        zip(defenses, numbers["price"], numbers["share"], strict=True)
     ):
-        if mean is not None:
+        if won is not None:
             right.errorbar(
-                price, 100 * mean, xerr=half, fmt="osD^v"[i // 10 % 5], color=f"C{i % 10}", label=name
-            )
-    right.set_ylabel("won back, %, mean over the attacks that took something")
+                price[0], 100 * won[0], xerr=_arms(price), yerr=100 * _arms(won),
+                fmt="osD^v"[i // 10 % 5], color=f"C{i % 10}", label=name, elinewidth=0.8,
+            )  # fmt: skip
+    right.set_ylabel("share of the lost accuracy won back, all attacks together, %")
     _finish(right, "price: points of accuracy lost where there is no poison")
     right.axvline(0, color="0.8", linewidth=1, zorder=0)
     return figure
+
+
+def _arms(ends: list[float]) -> np.ndarray:
+    """Mean, low and high as the lengths of an error bar's arms."""
+    mean, low, high = ends
+    return np.array([[mean - low], [high - mean]])
 
 
 def _finish(axes: Axes, x: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from poisonbench import records
-from poisonbench.records import Record, VictimScores
+from poisonbench.records import Certificate, Record, VictimScores
 from poisonbench.statistics import Interval, mean_interval, paired_drop, ratio_interval
 from poisonbench.tracks import TRACKS
 
@@ -43,7 +43,9 @@ class Cell:
         defense: with its options, where two records of a defence differ in them.
         poisoned: accuracy of defended victims on the poisoned set, in percent.
         price: accuracy that the defence costs clean victims, in points.
-        won_back: share of the lost accuracy; None where nothing was lost for sure.
+        lost: what the attack takes of undefended victims, in points, seed by seed.
+        won: by how much defended victims on the poisoned set are better, in points, seed by seed.
+        won_back: the one as a share of the other; None where nothing was lost for sure.
         precision: share of poison among what was dropped; None where nothing was dropped.
         recall: share of the poison that was dropped; None where nothing is ever dropped.
         clean_lost: clean images dropped of the poisoned set, on average.
@@ -55,10 +57,26 @@ class Cell:
     defense: str
     poisoned: Interval
     price: Interval
+    lost: tuple[float, ...]
+    won: tuple[float, ...]
     won_back: Interval | None
     precision: float | None
     recall: float | None
     clean_lost: float | None
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What a certified defence promised the victims that decide the ranks."""
+        scores = self.record.victim(self.record.surrogate)
+        return None if scores is None else scores.certificate
+
+    @property
+    def filtered(self) -> str:
+        """Precision and recall in percent, and clean images lost, where a filter was at work."""
+        if self.clean_lost is None:
+            return "–"
+        shares = ["–" if x is None else f"{100 * x:.0f}" for x in (self.precision, self.recall)]
+        return f"{shares[0]} / {shares[1]} / {self.clean_lost:.1f}"
 
 
 @dataclass(frozen=True)
@@ -100,10 +118,40 @@ class Siege:
         """The cells of one defence, in order of attacks."""
         return [self.cells[a, defense] for a in self.attacks if (a, defense) in self.cells]
 
-    def mean_won_back(self, defense: str) -> float | None:
-        """Over the attacks that took something."""
-        shares = [cell.won_back.mean for cell in self.of(defense) if cell.won_back is not None]
-        return float(np.mean(shares)) if shares else None
+    def won_back(self, defense: str) -> Interval | None:
+        """Share won back of all that was lost to the attacks that took something for sure, together.
+
+        Sums, not a mean of shares: a share of next to nothing may be anything.
+        """
+        cells = [cell for cell in self.of(defense) if cell.won_back is not None]
+        if not cells:
+            return None
+        pairs = min(len(cell.lost) for cell in cells)
+        won, lost = (
+            np.sum([getattr(cell, which)[:pairs] for cell in cells], axis=0).tolist()
+            for which in ("won", "lost")
+        )
+        return ratio_interval(won, lost)
+
+    @property
+    def filters(self) -> list[str]:
+        """The defences that drop images."""
+        return [d for d in self.defenses if any(c.clean_lost is not None for c in self.of(d))]
+
+    def certified(self, defense: str) -> str | None:
+        """What a certified defence promises, and how often an attack on record broke it."""
+        kept = [c.certificate for c in self.of(defense) if c.certificate is not None]
+        if not kept:
+            return None
+        curve = kept[0].curve
+        steps = sorted({0, *(round(x) for x in np.linspace(0, len(curve) - 1, 5))})
+        promised = ", ".join(f"{curve[r]:.1f} % against {r}" for r in steps)
+        tried = " and ".join(map(str, sorted({c.changes for c in kept})))
+        violations = sum(c.violations for c in kept)
+        return (
+            f"accuracy certified to stay, whatever images are added or removed: {promised}. Attacks on"
+            f" record make {tried} such changes; promises broken: {violations}"
+        )
 
 
 def share(interval: Interval | None) -> str:
@@ -228,7 +276,7 @@ def _cell(
         clean_lost = (dropped - poison) / number
     return Cell(
         record, folder, name, defense, mean_interval(scores.poisoned),
-        paired_drop(clean, scores.clean),
+        paired_drop(clean, scores.clean), tuple(lost.tolist()), tuple(won.tolist()),
         ratio_interval(won.tolist(), lost.tolist()) if sure else None,
         precision, recall, clean_lost,
     )  # fmt: skip

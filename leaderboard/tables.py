@@ -32,7 +32,7 @@ from poisonbench.tracks import TRACKS
 
 from .figures import FOLDER, Picture, of_game, of_siege, pictures
 from .games import Game, Row, canonical, read
-from .shields import Siege, left_out, sieges
+from .shields import Siege, left_out, share, sieges
 from .site import left_over, require_ours
 from .site import pages as build_site
 
@@ -168,6 +168,7 @@ def _files(board: _Board, rules: int) -> dict[Path, str]:
         rule=RULES[rules].statement,
         of_game=of_game,
         of_siege=of_siege,
+        share=share,
         left_out=board.left_out,
         siege_of={siege.game.slug: siege for siege in several},
         curves={

@@ -70,6 +70,27 @@ def test_a_cell_by_hand(tmp_path: Path) -> None:
     # The mean clean accuracy is 90.45: less 1, less 4.
     assert siege.shown("mgd", "spectral") == "85.45 (50 %, 50 to 50)"
     assert siege.shown("mgd", "other") == "–"
+    assert cell.filtered == "33 / 50 / 12.0"
+    assert siege.filters == ["spectral"]
+    text = siege.certified("spectral")
+    assert "90.0 % against 0, 50.0 % against 1" in text
+    assert "24 such changes; promises broken: 0" in text
+
+
+def test_shares_of_several_attacks_are_of_all_that_was_lost(tmp_path: Path) -> None:
+    """Of 10 and of 1 points 5 and -4 are won back: 1 of 11, where the mean of the shares is -1.75."""
+    other = {"attack": "es", "poison_hash": "e" * 64}
+    weak = guarded(4.0, 1.0).model_copy(update=other)
+    put(
+        tmp_path,
+        make("mgd", 10.0, 0.0),
+        make("es", 1.0, 0.0, poison_hash="e" * 64),
+        guarded(4.0, 1.0),
+        weak,
+    )
+    (siege,) = found(tmp_path)
+    assert [siege.cells[a, "spectral"].won_back.mean for a in ("mgd", "es")] == [0.5, -4.0]
+    assert siege.won_back("spectral").mean == pytest.approx(1 / 11)
 
 
 def test_intervals_of_shares_are_not_of_one_mould(tmp_path: Path) -> None:
@@ -85,7 +106,7 @@ def test_nothing_lost_is_nothing_to_win(tmp_path: Path) -> None:
     (siege,) = found(tmp_path)
     assert siege.cells["mgd", "spectral"].won_back is None
     assert "nothing lost" in siege.shown("mgd", "spectral")
-    assert siege.mean_won_back("spectral") is None
+    assert siege.won_back("spectral") is None
 
 
 @pytest.mark.parametrize(
