@@ -21,7 +21,7 @@ from typing import Any
 from poisonbench import records, transfer
 from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import ranks
-from poisonbench.tracks import TRACKS
+from poisonbench.tracks import TRACKS, departures
 
 LATER = {"against": "", "differentiated": 1.0}
 """Options that attacks were given later, with the values that they had in effect before."""
@@ -153,28 +153,8 @@ def _key(record: Record, *, any_fraction: bool = False) -> str:
     )  # fmt: skip
 
 
-def _changes(record: Record) -> list[str]:
-    """What differs from the track as it is frozen now; nothing where the record is the track's.
-
-    The record's own list is believed where it admits a change, and checked where it does not.
-    """
-    track = TRACKS.get(record.track)
-    if record.custom or track is None:
-        return sorted(record.custom) or ["track unknown"]
-    victims = {victim.recipe_name: victim for victim in record.victims}
-    recipes = {name: recipe.as_dict() for name, recipe in track.recipes.items()}
-    same = {
-        "dataset": record.dataset == track.dataset,
-        "surrogate": record.surrogate == track.surrogate,
-        "recipes": len(victims) == len(record.victims)
-        and canonical({name: v.whole_recipe for name, v in victims.items()}) == canonical(recipes),
-        "seeds": all(v.seeds == list(range(track.seeds)) for v in record.victims),
-    }
-    return [f"{name} unlike the track's" for name, alike in same.items() if not alike]
-
-
 def _title(record: Record) -> str:
-    changes = _changes(record)
+    changes = departures(record)
     custom = f", custom ({', '.join(changes)})" if changes else ""
     return f"{record.track}{custom}: {record.budget.game()}"
 
@@ -208,7 +188,7 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
     others = track.transfer if track else ()
     carried = [name for name in others if any(name in row.transfer for row in ranked)]
     return Game(
-        track=first.track, frozen=not _changes(first), title=title, slug=slug,
+        track=first.track, frozen=not departures(first), title=title, slug=slug,
         recipes=recipes, seeds=seeds, transfer=carried, ranked=ranked,
         set_aside=sorted(set_aside, key=lambda row: row.folder),
         missing=[control for control in controls if control not in there],
