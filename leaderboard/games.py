@@ -21,6 +21,7 @@ from typing import Any
 from poisonbench import records, transfer
 from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import ranks
+from poisonbench.submission import manifest
 from poisonbench.tracks import TRACKS, departures
 
 LATER = {"against": "", "differentiated": 1.0}
@@ -38,7 +39,7 @@ class Row:
         pictures: names of the pictures beside it.
         name: the attack, with the options that tell it from its neighbours.
         control: which of the controls that every table should have it is, if any. A poison that
-            was handed in is none, whatever it is called.
+            was handed in is none, whatever it is called; nor is a submitted entry.
         transfer: scores on the track's transfer victims, by name, as far as they were measured.
         trainings: crafting time in trainings of one victim, as long as these took in the median of the
             table's records; None where it was not measured.
@@ -173,12 +174,14 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
     set_aside: list[Row] = []
     for folder, record in group:
         kind = _name(record, {"spread"})
+        submitted = (folder / manifest.FILE).is_file()
+        name = _name(record, telling.get(record.attack, ()))
         row = Row(
             record=record,
             folder=folder.relative_to(results).as_posix(),
             pictures=tuple(p for p in ("summary.png",) if (folder / p).is_file()),
-            name=_name(record, telling.get(record.attack, ())),
-            control=kind if kind in controls else None,
+            name=f"{name} (submitted)" if submitted else name,
+            control=kind if kind in controls and not submitted else None,
             transfer=_transfer(folder, record),
         )
         (ranked if record.status == "valid" else set_aside).append(row)

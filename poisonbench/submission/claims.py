@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from poisonbench.errors import UserError
+from poisonbench import tracks
+from poisonbench.errors import UserError, plain, unknown_name
 from poisonbench.records import Record
 from poisonbench.submission.manifest import entry_of
 from poisonbench.threat import PoisonSet
-from poisonbench.tracks import TRACKS, departures
 
 
 def require_claim(record: Record, poison: PoisonSet, where: str) -> None:
@@ -38,12 +38,12 @@ def require_claim(record: Record, poison: PoisonSet, where: str) -> None:
             f"{where} is of victims defended by {record.defense}: submit the run of the same attack"
             " without --defense; defences are measured on entries, not by them"
         )
-    if record.track not in TRACKS:
-        raise UserError(f"{where} is of the track {record.track}, of which there is none: {_known()}")
-    if changes := departures(record):
-        some = ", ".join(changes[:3]) + (", …" if len(changes) > 3 else "")
+    if record.track not in tracks.TRACKS:
+        raise UserError(f"{where}: {unknown_name('track', record.track, tracks.TRACKS)}")
+    if changes := tracks.departures(record):
         raise UserError(
-            f"{where} is custom ({some}), and no table ranks it: run the attack on the track as it is"
+            f"{where} is custom ({plain(', '.join(changes), 200)}), and no table ranks it: run the"
+            " attack on the track as it is"
         )
 
 
@@ -74,7 +74,3 @@ def require_own_name(name: str, authors: list[str], results: Path) -> None:
 def _seen(name: str) -> str:
     """A name as a reader sees it, who tells neither `MGD` from `mgd` nor `a-b` from `a_b`."""
     return name.lower().replace("-", "_")
-
-
-def _known() -> str:
-    return f"choose one of {', '.join(TRACKS)}"

@@ -119,7 +119,7 @@ def _measure(
     require_writable(folder)
     compute.setup()
     dataset = data.load(track.dataset, by.data_dir)
-    if dataset.hashes() != record.hashes:
+    if (dataset.hashes(), len(dataset.train_labels)) != (record.hashes, record.num_train):
         raise UserError(
             f"the claim is about other data than {track.name} has here: mend --data-dir, or refuse it"
         )

@@ -1,0 +1,459 @@
+"""An entry's way: packed by its author, measured by a maintainer on seeds that nobody knew, disputed.
+
+Claims of `poisonbench.submission` tested here:
+
+- a bundle is a function of the run and of its author's words, and what is read is what was packed; it
+  holds neither pictures nor tables, and is not written over another file;
+- runs that no table ranks, that are marked, defended or of another poison are refused with the mend;
+- hidden seeds are those of HMAC-SHA256, follow from secret and poison alone, and are no public ones; the
+  secret is private, is never written over, and is not in what is published;
+- an honest claim is flagged about as seldom as its interval says, one inflated by two points always;
+  a flagged entry is written too, with exit code 3;
+- the entry holds the claim as it was, the poison, the author's words and the measurement; the same
+  command again measures nothing, and other entries are never written over;
+- a name that passes for an attack or for an entry of others is refused, unless it is trusted; the
+  tables say of an entry that it was submitted, and take it for no control;
+- a dispute is written beside the record, which stays; its evidence must be of the same poison.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bundles
+import jax
+import numpy as np
+import pytest
+import test_cli
+from test_cli import Run, everything, refused
+
+from poisonbench import harness, tracks
+from poisonbench.errors import UserError
+from poisonbench.records import Record
+from poisonbench.submission import bundle, secret
+from poisonbench.submission.bundle import About
+from poisonbench.submission.manifest import entry_of
+from poisonbench.threat import PoisonSet
+from poisonbench.verification import Dispute, Verification, disputes_of
+
+HERE = Path(__file__).parents[1]
+ABOUT = About(title="Theirs", authors=["Ada Lovelace"])
+SPREAD = 0.64
+"""Standard deviation of a drop between seeds, in points: that of mgd on the digits track."""
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bundles.shrink(monkeypatch)
+    path = tmp_path / "private" / "secret"
+    monkeypatch.setenv("POISONBENCH_SECRET", str(path))
+    secret.create(path)
+
+
+command = test_cli.command
+
+
+def drops(mean: float, rng: np.random.Generator | None = None) -> list[float]:
+    rng = rng or np.random.default_rng(0)
+    return [round(float(d), 6) for d in rng.normal(mean, SPREAD, 10)]
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[list[int]]]:
+    """Lets victims lose so many points, without training any; gives the seeds that were asked for."""
+    asked: list[list[int]] = []
+
+    def set_up(mean: float) -> list[list[int]]:
+        def measured(*arguments: Any, **_: Any) -> harness.Evaluation:
+            _, poison, recipes, seeds, _ = arguments
+            assert isinstance(poison, PoisonSet)
+            asked.append(list(seeds))
+            lost = drops(mean, np.random.default_rng(1))[: len(seeds)]
+            return harness.Evaluation([bundles.scores(n, list(seeds), lost) for n in recipes], 1.0)
+
+        monkeypatch.setattr(harness, "evaluate", measured)
+        return asked
+
+    return set_up
+
+
+def packed(folder: Path, **changes: Any) -> Path:
+    run = bundles.run_folder(folder / "run", **changes)
+    return bundle.pack(run, ABOUT, folder / "theirs.zip")[0]
+
+
+def test_a_bundle_is_a_function_of_run_and_words(tmp_path: Path) -> None:
+    run = bundles.run_folder(tmp_path / "run")
+    (run / "poisons.png").write_bytes(b"a picture")
+    (run / "accuracies.csv").write_text("a table")
+    first, said = bundle.pack(run, ABOUT, tmp_path / "a.zip")
+    second, _ = bundle.pack(run, ABOUT, tmp_path / "b.zip")
+    assert first.read_bytes() == second.read_bytes()
+    assert bundle.pack(run, ABOUT, tmp_path / "a.zip")[0] == first
+    with zipfile.ZipFile(first) as file:
+        assert tuple(file.namelist()) == bundles.MEMBERS == tuple(bundle.LIMITS)
+        assert file.testzip() is None
+    read = bundle.read(first)
+    assert read.manifest == said
+    assert read.record == Record.load(run / "record.json")
+    assert read.poison.hash == PoisonSet.load(run / "poison.safetensors").hash
+    assert said.files["poison.safetensors"].size == (run / "poison.safetensors").stat().st_size
+    other = About(title="Other", authors=["Ada Lovelace"])
+    with pytest.raises(UserError, match="is there already"):
+        bundle.pack(run, other, first)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_limits_hold_every_track() -> None:
+    images = {"digits": 64, "cifar10-small": 16 * 16 * 3, "cifar10": 32 * 32 * 3}
+    for name, pixels in images.items():
+        count = tracks.TRACKS["digits"].dataset.train_size if name == "digits" else 40_000
+        assert count is not None
+        assert 2 * count * (pixels + 12) < bundle.LIMITS["poison.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"custom": ["seeds"]}, "is custom .seeds., and no table ranks it: run the attack on the track"),
+        ({"drops": [3.0, 4.0]}, "is custom .seeds unlike the track's"),
+        ({"surrogate": "standard"}, "is custom .surrogate unlike"),
+        ({"track": "digit"}, "no track called 'digit'; did you mean digits"),
+        ({"defense": "mixup"}, "is of victims defended by mixup: submit the run .* without --defense"),
+        ({"status": "invalid", "remark": "wrong"}, "is marked invalid"),
+        ({"poison_hash": "0" * 64}, "holds another poison"),
+        ({"num_poison": 9}, "states another budget, number of poisons or training set"),
+    ],
+)
+def test_a_run_that_cannot_stand_as_a_claim(changes: dict[str, Any], hint: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=hint):
+        packed(tmp_path, **changes)
+    assert not (tmp_path / "theirs.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--author", "Ada\x1b[2J"], "--author: .*control characters"),
+        (["--author", "A", "--author", ""], "--author: "),
+        (["--author", "A", "--title", "x" * 101], "--title: .*100 char"),
+        (["--author", "A", "--description", "x" * 2001], "--description: .*2000 char"),
+        (["--author", "A", "--description", "see [x](y)"], "--description: .*without HTML or Markdown"),
+        (["--author", "A", "--title", "<b>A</b>"], "--title: .*without HTML or Markdown"),
+        (["--author", "A", "--paper", "javascript:alert(1)"], "--paper: "),
+        (["--author", "A", "--code", "example.org"], "--code: "),
+        (["--author", "A", "--licence", "any, really"], "--licence: "),
+        (["--author", "A", "--bibtex", "nowhere.bib"], "cannot read --bibtex nowhere.bib"),
+        (["--author", "A", "--bibtex", "run/record.json"], "--bibtex: "),
+        (["--author", "A", "--out", "run/record.json"], "run/record.json is there already"),
+        ([], "--author"),
+    ],
+)
+def test_words_that_no_entry_may_have(words: list[str], hint: str, command: Run, tmp_path: Path) -> None:
+    bundles.run_folder(tmp_path / "run")
+    before = everything(tmp_path)
+    message = refused(command, "submit", "run", *words)
+    assert re.search(hint, message), message
+    assert everything(tmp_path) == before
+
+
+def test_submit_takes_the_words_of_its_options(command: Run, tmp_path: Path) -> None:
+    bundles.run_folder(tmp_path / "run", code={"version": "0.1.0", "commit": "a", "dirty": True})
+    (tmp_path / "their.bib").write_bytes(b"@misc{theirs,\r\n\ttitle = {A {<}b{>}}}\r\n")
+    words = [
+        "--author", "Ada Lovelace", "--author", "José Ñandú", "--title", "Black images",
+        "--description", "Ten black images.\nNo more.", "--paper", "https://example.org/paper",
+        "--code", "https://example.org/code", "--bibtex", "their.bib", "--licence", "CC-BY-4.0",
+    ]  # fmt: skip
+    code, out, err = command("submit", "run", *words)
+    assert code == 0, err
+    assert "was not committed" in err
+    said = bundle.read(tmp_path / out.strip()).manifest
+    assert out.strip() == f"theirs-{bundles.poison().hash[:8]}.zip"
+    assert (said.authors, said.title) == (["Ada Lovelace", "José Ñandú"], "Black images")
+    assert said.bibtex == "@misc{theirs,\n\ttitle = {A {<}b{>}}}"
+    assert (said.paper, said.code) == ("https://example.org/paper", "https://example.org/code")
+    code, out, _ = command("submit", "run", *words, "--out", "b.zip", "--json")
+    assert json.loads(out) == {"bundle": "b.zip", "manifest": said.model_dump(mode="json")}
+
+
+def test_hidden_seeds_follow_from_secret_and_poison() -> None:
+    key, poison_hash = bytes(range(32)), "ab" * 32
+    first = hmac.new(key, f"{poison_hash}:0".encode(), hashlib.sha256).digest()[:4]
+    seeds = secret.hidden_seeds(key, poison_hash, 10)
+    assert seeds[0] == int.from_bytes(first, "big")
+    assert seeds == secret.hidden_seeds(key, poison_hash, 20)[:10]
+    assert len(set(seeds)) == 10
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert not set(seeds) & set(secret.hidden_seeds(key, "ac" * 32, 10))
+    assert not set(seeds) & set(secret.hidden_seeds(bytes(32), poison_hash, 10))
+    without = secret.hidden_seeds(key, poison_hash, 10, public=seeds[:1])
+    assert without[:9] == seeds[1:]
+    keys = [jax.random.key_data(harness.evaluation_key(seed)) for seed in (seeds[0], 2**32 - 1, 0)]
+    assert len({str(each) for each in keys}) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+def test_the_secret_is_private_and_stays(command: Run, tmp_path: Path) -> None:
+    path = tmp_path / "config" / "their secret"
+    code, out, err = command("verify", "--new-secret", "--secret", str(path))
+    assert code == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    known = secret.load(path)
+    assert len(known) == 32
+    assert out.strip() == hashlib.sha256(known).hexdigest()
+    assert known.hex() not in out + err
+    assert "is there already" in refused(command, "verify", "--new-secret", "--secret", str(path))
+    assert secret.load(path) == known
+    path.chmod(0o640)
+    assert "chmod 600" in refused(command, "verify", "x.zip", "--secret", str(path))
+    path.chmod(0o600)
+    for text in (b"", b"abc", known.hex().encode()[:-2], b"\xff" * 64, known.hex().encode() * 2):
+        path.write_bytes(text)
+        assert "holds no secret" in refused(command, "verify", "x.zip", "--secret", str(path))
+    assert "--new-secret" in refused(command, "verify", "x.zip", "--secret", "nowhere")
+    assert "--new-secret" in refused(command, "verify")
+    assert "--new-secret" in refused(command, "verify", "x.zip", "--new-secret")
+
+
+def test_an_honest_claim_becomes_an_entry(
+    command: Run, tmp_path: Path, measuring: Callable[[float], list[list[int]]]
+) -> None:
+    asked = measuring(3.4)
+    path = packed(tmp_path, drops=drops(3.4))
+    private = tmp_path / "private" / "secret"
+    code, out, err = command("verify", str(path), "--secret", str(private))
+    assert code == 0, err
+    assert "holds" in out
+    assert "FLAGGED" not in out
+    poison = PoisonSet.load(tmp_path / "run" / "poison.safetensors")
+    entry = tmp_path / "results" / "digits" / "theirs" / "none" / f"theirs-{poison.hash[:8]}"
+    names = {"record.json", "poison.safetensors", "entry.json", "verification.json"}
+    assert {p.name for p in (tmp_path / "results").rglob("*") if p.is_file()} == names
+    assert Record.load(entry / "record.json") == Record.load(tmp_path / "run" / "record.json")
+    assert PoisonSet.load(entry / "poison.safetensors").hash == poison.hash
+    said = entry_of(entry)
+    assert said is not None
+    assert said.authors == ["Ada Lovelace"]
+    measured = Verification.load(entry / "verification.json")
+    assert asked == [secret.hidden_seeds(secret.load(private), poison.hash, 10)]
+    assert all(victim.seeds == asked[0] for victim in measured.victims)
+    assert measured.secret_hash == secret.digest(secret.load(private))
+    written = b"".join(p.read_bytes() for p in entry.iterdir())
+    for told in (secret.load(private).hex(), str(private)):
+        assert told.encode() not in written
+
+    before = {p: p.read_bytes() for p in everything(tmp_path) if p.is_file()}
+    code, out, err = command("verify", str(path), "--json")
+    assert (code, len(asked)) == (0, 1), "measured again"
+    shown = json.loads(out)
+    assert shown["flagged"] == []
+    assert shown["drops"]["smooth"]["claimed"]["n"] == 10
+    assert shown["verification"] == measured.model_dump(mode="json")
+    assert {p: p.read_bytes() for p in everything(tmp_path) if p.is_file()} == before
+
+
+def test_a_claim_of_two_points_more_is_flagged_and_kept(
+    command: Run, tmp_path: Path, measuring: Callable[[float], list[list[int]]]
+) -> None:
+    measuring(3.4)
+    path = packed(tmp_path, drops=drops(5.4))
+    code, out, err = command("verify", str(path))
+    assert code == 3, err
+    assert out.count("FLAGGED") == 2
+    (entry,) = (tmp_path / "results").rglob("verification.json")
+    assert Verification.load(entry).flagged(Record.load(entry.parent / "record.json"))
+    code, out, _ = command("verify", str(path), "--json")
+    assert (code, json.loads(out)["flagged"]) == (3, ["smooth", "standard"])
+
+
+def test_honest_claims_are_seldom_flagged_and_inflated_ones_always() -> None:
+    rng = np.random.default_rng(1)
+    made = bundles.poison()
+    hidden = list(range(100, 110))
+    now = bundles.record(made)
+    flagged = {0.0: 0, 2.0: 0}
+    for _ in range(300):
+        measured = Verification(
+            poison_hash=made.hash, victims=[bundles.scores("smooth", hidden, drops(3.4, rng))],
+            secret_hash="0" * 64, evaluation_seconds=1.0, created=now.created, command="",
+            code={}, libraries={}, hardware=now.hardware,
+        )  # fmt: skip
+        for inflation in flagged:
+            claim = [bundles.scores("smooth", list(range(10)), drops(3.4 + inflation, rng))]
+            flagged[inflation] += bool(measured.flagged(now.model_copy(update={"victims": claim})))
+    # One in two hundred is expected, so 1.5 of 300; more than 6 would be a chance of one in a thousand.
+    assert flagged[0.0] <= 6
+    assert flagged[2.0] == 300
+
+
+def test_fewer_seeds_are_a_trial_that_the_whole_measurement_replaces(
+    command: Run, tmp_path: Path, measuring: Callable[[float], list[list[int]]]
+) -> None:
+    asked = measuring(3.4)
+    path = str(packed(tmp_path, drops=drops(3.4)))
+    assert "--seeds must be at least 2" in refused(command, "verify", path, "--seeds", "1")
+    code, out, _ = command("verify", path, "--seeds", "3")
+    assert code == 0
+    assert "a trial: the claim has 10 seeds" in out
+    assert command("verify", path)[0] == 0
+    assert [len(seeds) for seeds in asked] == [3, 10]
+    (stored,) = (tmp_path / "results").rglob("verification.json")
+    assert len(Verification.load(stored).victims[0].seeds) == 10
+
+
+def test_a_record_in_the_results_can_be_measured_in_its_place(
+    command: Run, tmp_path: Path, measuring: Callable[[float], list[list[int]]]
+) -> None:
+    measuring(3.4)
+    folder = bundles.run_folder(tmp_path / "results/digits/mgd/none/mgd-1", drops=drops(3.4))
+    assert command("verify", "results/digits/mgd/none/mgd-1")[0] == 0
+    assert {p.name for p in folder.iterdir()} == {
+        "record.json",
+        "poison.safetensors",
+        "verification.json",
+    }
+
+
+def test_entries_are_never_written_over(
+    command: Run, tmp_path: Path, measuring: Callable[[float], list[list[int]]]
+) -> None:
+    measuring(3.4)
+    assert command("verify", str(packed(tmp_path, drops=drops(3.4))))[0] == 0
+    before = {p: p.read_bytes() for p in everything(tmp_path / "results") if p.is_file()}
+    bundles.run_folder(tmp_path / "run", drops=drops(3.5))
+    other, _ = bundle.pack(tmp_path / "run", ABOUT, tmp_path / "other.zip")
+    assert "entries are never overwritten" in refused(command, "verify", str(other))
+    assert {p: p.read_bytes() for p in everything(tmp_path / "results") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["mgd", "MGD", "label-flip", "None"])
+def test_an_attack_s_name_is_not_for_others(
+    name: str, command: Run, tmp_path: Path, measuring: Callable[[float], list[list[int]]]
+) -> None:
+    measuring(3.4)
+    path = str(packed(tmp_path, drops=drops(3.4), attack=name))
+    before = everything(tmp_path)
+    assert f"the entry's name '{name}' is that of the attack" in refused(command, "verify", path)
+    assert everything(tmp_path) == before
+    assert command("verify", path, "--trust-name")[0] == 0
+
+
+def test_the_name_of_somebody_s_entry_is_not_for_others(
+    command: Run, tmp_path: Path, measuring: Callable[[float], list[list[int]]]
+) -> None:
+    measuring(3.4)
+    assert command("verify", str(packed(tmp_path, drops=drops(3.4))))[0] == 0
+    changed = bundles.poison(images=bundles.poison().images + 1)
+    run = bundles.run_folder(tmp_path / "second", changed, attack="Theirs", drops=drops(3.4))
+    theirs, _ = bundle.pack(run, About(title="x", authors=["Eve"]), tmp_path / "eve.zip")
+    assert "the entry's name 'Theirs' is that of" in refused(command, "verify", str(theirs))
+    own, _ = bundle.pack(run, ABOUT, tmp_path / "own.zip")
+    assert command("verify", str(own))[0] == 0
+
+
+def test_tables_say_what_was_submitted_and_take_it_for_no_control(
+    command: Run, tmp_path: Path, measuring: Callable[[float], list[list[int]]]
+) -> None:
+    measuring(3.4)
+    path = packed(tmp_path, drops=drops(3.4), attack="noise", crafting_seconds=1.0)
+    assert command("verify", str(path), "--trust-name")[0] == 0
+    assert command("leaderboard")[0] == 0
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "noise (submitted)" in page
+    assert "*noise" not in page
+    assert "Controls missing: none, noise" in page
+
+
+def test_a_dispute_marks_and_deletes_nothing(command: Run, tmp_path: Path) -> None:
+    folder = bundles.run_folder(tmp_path / "results" / "digits" / "theirs" / "none" / "theirs-1")
+    claim = Record.load(folder / "record.json")
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    again = bundles.run_folder(tmp_path / "again", drops=[0.1, 0.2] * 5)
+    words = ["dispute", str(folder), "--author", "Grace Hopper", "--reason"]
+    code, out, err = command(*words, "No drop here.", "--evidence", "again/record.json")
+    assert code == 0, err
+    assert out.strip() == str(folder / "dispute-1.json")
+    code, out, _ = command(*words, "Nor there.", "--evidence", "https://example.org/12", "--json")
+    assert code == 0
+    assert json.loads(out)["dispute"] == str(folder / "dispute-2.json")
+    assert command(*words, "Nowhere.")[0] == 0
+    found = disputes_of(folder, claim)
+    assert [d.reason for d in found] == ["No drop here.", "Nor there.", "Nowhere."]
+    assert [d.evidence for d in found] == ["evidence-1.json", "https://example.org/12", ""]
+    assert Record.load(folder / "evidence-1.json") == Record.load(again / "record.json")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["nowhere", "--reason", "x", "--author", "A"], "cannot read nowhere"),
+        (["run", "--reason", "", "--author", "A"], "--reason: "),
+        (["run", "--reason", "x" * 2001, "--author", "A"], "--reason: "),
+        (["run", "--reason", "<img src=x>", "--author", "A"], "--reason: .*HTML"),
+        (["run", "--reason", "x", "--author", "A\nB"], "--author: "),
+        (
+            ["run", "--reason", "x", "--author", "A", "--evidence", "javascript:1"],
+            "neither an address nor",
+        ),
+        (["run", "--reason", "x", "--author", "A", "--evidence", "other/record.json"], "another poison"),
+        (
+            ["run", "--reason", "x", "--author", "A", "--evidence", "private/secret"],
+            "not a valid record",
+        ),
+    ],
+)
+def test_a_dispute_that_says_nothing(words: list[str], hint: str, command: Run, tmp_path: Path) -> None:
+    bundles.run_folder(tmp_path / "run")
+    bundles.run_folder(tmp_path / "other", bundles.poison(images=bundles.poison().images + 1))
+    before = everything(tmp_path)
+    message = refused(command, "dispute", *words)
+    assert re.search(hint, message), message
+    assert everything(tmp_path) == before
+
+
+def test_a_dispute_of_another_schema_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dispute-1.json").write_text('{"reason": "x"}')
+    with pytest.raises(UserError, match="is not a valid dispute"):
+        Dispute.load(tmp_path / "dispute-1.json")
+
+
+@pytest.mark.slow
+def test_a_true_claim_holds_and_two_points_more_do_not(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten pairs of victims of each recipe are trained on hidden seeds, on the digits track as it is."""
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POISONBENCH_SECRET", str(tmp_path / "private" / "secret"))
+    stored = [
+        (path.parent, found)
+        for path in sorted((HERE / "results" / "digits" / "mgd").glob("none/*/record.json"))
+        if (found := Record.load(path)).status == "valid" and not tracks.departures(found)
+    ]
+    if not stored:
+        pytest.skip("NOT TESTED: no results here; they are in a checkout only")
+    folder, found = max(stored, key=lambda pair: pair[1].victims[0].drop.mean)
+    claim = found.model_copy(update={"attack": "theirs"})
+    inflated = [
+        victim.model_copy(update={"poisoned": [round(score - 2, 6) for score in victim.poisoned]})
+        for victim in claim.victims
+    ]
+    for name, victims, expected in (("true", claim.victims, 0), ("more", inflated, 3)):
+        run = tmp_path / name
+        claim.model_copy(update={"victims": victims}).save(run / "record.json")
+        PoisonSet.load(folder / "poison.safetensors").save(run / "poison.safetensors")
+        assert command("submit", name, "--author", "Ada Lovelace", "--out", f"{name}.zip")[0] == 0
+        code, out, err = command("verify", f"{name}.zip", "--results", f"results-{name}")
+        assert code == expected, out + err
+        print(out)
