@@ -8,6 +8,7 @@ import json
 import zipfile
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,12 @@ SMALL = {name: r.replace(width=2, epochs=1, batch_size=50) for name, r in DIGITS
 MEMBERS = ("manifest.json", "record.json", "poison.safetensors")
 
 
+@cache
+def dataset() -> Dataset:
+    """A hundred digits."""
+    return load(SPEC)
+
+
 def shrink(monkeypatch: pytest.MonkeyPatch, seeds: int = 10) -> None:
     """The digits track at a size at which a test can train its victims."""
     tiny = replace(
@@ -35,16 +42,16 @@ def shrink(monkeypatch: pytest.MonkeyPatch, seeds: int = 10) -> None:
     monkeypatch.setattr(tracks, "TRACKS", MappingProxyType({"digits": tiny}))
 
 
-def poison(dataset: Dataset | None = None, **changes: Any) -> PoisonSet:
+def poison(**changes: Any) -> PoisonSet:
     """Black images in place of ten of a hundred digits."""
-    dataset = dataset or load(SPEC)
+    data = dataset()
     rows = np.arange(0, 100, 10)
     made = PoisonSet(
         rows.astype(np.int64),
-        np.zeros_like(dataset.train_images[rows]),
-        dataset.train_labels[rows],
+        np.zeros_like(data.train_images[rows]),
+        data.train_labels[rows],
         Budget(fraction=0.1),
-        content_hash(dataset.train_images, dataset.train_labels),
+        content_hash(data.train_images, data.train_labels),
     )
     return replace(made, **changes)
 
@@ -63,7 +70,7 @@ def record(made: PoisonSet, drops: list[float] | None = None, **changes: Any) ->
     drops = drops or [3.0, 4.0] * 5
     values: dict[str, Any] = {
         "track": "digits", "attack": "theirs", "attack_config": {}, "attack_seed": 0,
-        "dataset": SPEC, "hashes": load(SPEC).hashes(), "budget": made.budget, "num_train": 100,
+        "dataset": SPEC, "hashes": dataset().hashes(), "budget": made.budget, "num_train": 100,
         "num_poison": len(made), "surrogate": "smooth",
         "victims": [scores(name, list(range(len(drops))), drops) for name in SMALL],
         "poison_hash": made.hash, "crafting_seconds": None, "evaluation_seconds": 80.25,

@@ -181,9 +181,8 @@ def _checked(path: Path, file: BinaryIO) -> zipfile.ZipFile:
     place = 0
     for entry in entries:
         _require_plain(path, entry)
-        header = _local(file, place)
-        if entry.header_offset != place or header != (len(entry.filename), 0):
-            raise _bad(path, f"{entry.filename} does not begin where the file before it ends")
+        if entry.header_offset != place or not _agrees(file, entry):
+            raise _bad(path, f"{entry.filename} is not where, or not what, the directory says")
         place += _LOCAL + len(entry.filename) + entry.file_size
     directory = sum(_CENTRAL + len(name) for name in names)
     if place != archive.start_dir or size != place + directory + _END:
@@ -221,11 +220,15 @@ def _require_plain(path: Path, entry: zipfile.ZipInfo) -> None:
         raise _bad(path, f"{name} has flags, comments or extra fields, which no bundle has")
 
 
-def _local(file: BinaryIO, place: int) -> tuple[int, int]:
-    """Lengths of a member's name and extra field, as its own header has them."""
-    file.seek(place)
+def _agrees(file: BinaryIO, entry: zipfile.ZipInfo) -> bool:
+    """Whether a member's own header says of it what the directory does."""
+    file.seek(entry.header_offset)
     header = file.read(_LOCAL)
-    return struct.unpack("<2H", header[26:30]) if len(header) == _LOCAL else (0, 0)
+    if len(header) < _LOCAL:
+        return False
+    sign, _, flags, method, _, _, *rest = struct.unpack("<4s5H3L2H", header)
+    told = [entry.CRC, entry.file_size, entry.file_size, len(entry.filename), 0]
+    return (sign, flags, method, rest) == (b"PK\3\4", 0, zipfile.ZIP_STORED, told)
 
 
 def _write(path: Path, contents: dict[str, bytes]) -> None:
