@@ -5,8 +5,8 @@ with some of them changed, left out or doubled, and good JSON with arbitrary val
 
 - `bundle.read`: also where the members are spoilt and the archive around them is right, hashes and all;
 - `PoisonSet.load` and `PoisonSet.check`;
-- `Record.parse`, `Manifest.parse`, `Verification.parse` and `Dispute.parse`: what they let through can be
-  written, read back the same, and shown: intervals, dates and games can be made of it.
+- `Record.parse`, `Manifest.parse`, `Verification.parse` and `Dispute.parse`: what they let through can
+  be written, read back the same, and shown: intervals, dates and games can be made of it.
 
 The same examples every time: a failure here is a defect, not a chance.
 """
@@ -82,9 +82,10 @@ def spoilt(good: bytes) -> st.SearchStrategy[bytes]:
 def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """Every place in a JSON value."""
     yield path
-    inner = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, each in inner if isinstance(value, dict | list) else ():
-        yield from places(each, (*path, key))
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, each in inner:
+            yield from places(each, (*path, key))
 
 
 def replaced(good: bytes) -> st.SearchStrategy[bytes]:
@@ -109,9 +110,10 @@ def attempt(load: Callable[[], Any]) -> Any:
     try:
         return load()
     except UserError as error:
-        assert str(error).isprintable()
-        assert len(str(error)) < 1500
-        return None
+        said = str(error)
+    assert said.isprintable()
+    assert len(said) < 1500
+    return None
 
 
 def good_verification() -> Verification:
