@@ -148,3 +148,8 @@ def archive(contents: list[tuple[str, bytes]], **attributes: Any) -> bytes:
 def bundle(*arguments: Any, **changes: Any) -> bytes:
     """A bundle of `members`."""
     return archive(list(members(*arguments, **changes).items()))
+
+
+def everything(folder: Path) -> list[Path]:
+    """Every path below a folder."""
+    return sorted(folder.rglob("*"))

@@ -22,6 +22,8 @@ install_import_hook(["poisonbench", "attacks", "defenses"], "beartype.beartype")
 # the speed of the machine code, so it is not optimised, unless flags are given in the environment.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+from commandline import command  # noqa: E402, F401 - a fixture for all
+
 from poisonbench import compute  # noqa: E402
 
 compute.setup()

@@ -36,9 +36,8 @@ from typing import Any
 import bundles
 import numpy as np
 import pytest
-import test_cli
+from commandline import Run, refused
 from safetensors.numpy import save
-from test_cli import Run, everything, refused
 
 from poisonbench import _plugins, harness
 from poisonbench._files import content_hash
@@ -48,7 +47,6 @@ from poisonbench.submission import bundle, secret
 from poisonbench.submission.verify import Maintainer, verify
 from poisonbench.threat import Budget, LInf, PoisonSet
 
-command = test_cli.command
 Change = Callable[[], bytes]
 LIMIT = 2**25
 CENTRAL, LOCAL = b"PK\1\2", b"PK\3\4"
@@ -574,7 +572,7 @@ def test_it_is_refused_in_one_line(case: str, tmp_path: Path, monkeypatch: pytes
             file.truncate(2**31)
     else:
         path.write_bytes(make())
-    before = everything(tmp_path)
+    before = bundles.everything(tmp_path)
     tracemalloc.start()
     try:
         with pytest.raises(UserError) as caught:
@@ -587,7 +585,7 @@ def test_it_is_refused_in_one_line(case: str, tmp_path: Path, monkeypatch: pytes
     assert message.isprintable()
     assert len(message) < 1100
     assert peak < LIMIT
-    assert everything(tmp_path) == before
+    assert bundles.everything(tmp_path) == before
     assert not list((tmp_path / "temporary").iterdir())
 
 
@@ -597,11 +595,11 @@ def test_it_is_refused_in_one_line(case: str, tmp_path: Path, monkeypatch: pytes
 def test_at_the_command_line_too(case: str, command: Run, tmp_path: Path) -> None:
     make, hint = CASES[case]
     (tmp_path / "theirs.zip").write_bytes(make())
-    before = everything(tmp_path)
+    before = bundles.everything(tmp_path)
     message = refused(command, "verify", "theirs.zip")
     assert re.search(hint, message), message
     assert message.isprintable()
-    assert everything(tmp_path) == before
+    assert bundles.everything(tmp_path) == before
 
 
 def test_the_good_one_passes(command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -673,8 +671,8 @@ def test_a_plugin_may_not_take_an_attack_s_name(
     points = [EntryPoint("mgd", "their_plugin:Attack", "poisonbench.attacks")]
     monkeypatch.setattr(_plugins, "entry_points", lambda group: [p for p in points if p.group == group])
     (tmp_path / "theirs.zip").write_bytes(bundles.bundle())
-    before = everything(tmp_path)
+    before = bundles.everything(tmp_path)
     for words in (["verify", "theirs.zip"], ["list"], ["run", "--attack", "mgd"]):
         assert "takes the name 'mgd', which is in use" in refused(command, *words)
-    assert everything(tmp_path) == before
+    assert bundles.everything(tmp_path) == before
     assert "their_plugin" not in sys.modules

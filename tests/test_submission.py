@@ -33,8 +33,7 @@ import bundles
 import jax
 import numpy as np
 import pytest
-import test_cli
-from test_cli import Run, everything, refused
+from commandline import Run, refused
 
 from poisonbench import harness, tracks
 from poisonbench.errors import UserError
@@ -57,9 +56,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "private" / "secret"
     monkeypatch.setenv("POISONBENCH_SECRET", str(path))
     secret.create(path)
-
-
-command = test_cli.command
 
 
 def drops(mean: float, rng: np.random.Generator | None = None) -> list[float]:
@@ -160,10 +156,10 @@ def test_a_run_that_cannot_stand_as_a_claim(changes: dict[str, Any], hint: str, 
 )
 def test_words_that_no_entry_may_have(words: list[str], hint: str, command: Run, tmp_path: Path) -> None:
     bundles.run_folder(tmp_path / "run")
-    before = everything(tmp_path)
+    before = bundles.everything(tmp_path)
     message = refused(command, "submit", "run", *words)
     assert re.search(hint, message), message
-    assert everything(tmp_path) == before
+    assert bundles.everything(tmp_path) == before
 
 
 def test_submit_takes_the_words_of_its_options(command: Run, tmp_path: Path) -> None:
@@ -252,14 +248,14 @@ def test_an_honest_claim_becomes_an_entry(
     for told in (secret.load(private).hex(), str(private)):
         assert told.encode() not in written
 
-    before = {p: p.read_bytes() for p in everything(tmp_path) if p.is_file()}
+    before = {p: p.read_bytes() for p in bundles.everything(tmp_path) if p.is_file()}
     code, out, err = command("verify", str(path), "--json")
     assert (code, len(asked)) == (0, 1), "measured again"
     shown = json.loads(out)
     assert shown["flagged"] == []
     assert shown["drops"]["smooth"]["claimed"]["n"] == 10
     assert shown["verification"] == measured.model_dump(mode="json")
-    assert {p: p.read_bytes() for p in everything(tmp_path) if p.is_file()} == before
+    assert {p: p.read_bytes() for p in bundles.everything(tmp_path) if p.is_file()} == before
 
 
 def test_a_claim_of_two_points_more_is_flagged_and_kept(
@@ -329,11 +325,11 @@ def test_entries_are_never_written_over(
 ) -> None:
     measuring(3.4)
     assert command("verify", str(packed(tmp_path, drops=drops(3.4))))[0] == 0
-    before = {p: p.read_bytes() for p in everything(tmp_path / "results") if p.is_file()}
+    before = {p: p.read_bytes() for p in bundles.everything(tmp_path / "results") if p.is_file()}
     bundles.run_folder(tmp_path / "run", drops=drops(3.5))
     other, _ = bundle.pack(tmp_path / "run", ABOUT, tmp_path / "other.zip")
     assert "entries are never overwritten" in refused(command, "verify", str(other))
-    assert {p: p.read_bytes() for p in everything(tmp_path / "results") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in bundles.everything(tmp_path / "results") if p.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["mgd", "MGD", "label-flip", "None"])
@@ -342,9 +338,9 @@ def test_an_attack_s_name_is_not_for_others(
 ) -> None:
     measuring(3.4)
     path = str(packed(tmp_path, drops=drops(3.4), attack=name))
-    before = everything(tmp_path)
+    before = bundles.everything(tmp_path)
     assert f"the entry's name '{name}' is that of the attack" in refused(command, "verify", path)
-    assert everything(tmp_path) == before
+    assert bundles.everything(tmp_path) == before
     assert command("verify", path, "--trust-name")[0] == 0
 
 
@@ -416,10 +412,10 @@ def test_a_dispute_marks_and_deletes_nothing(command: Run, tmp_path: Path) -> No
 def test_a_dispute_that_says_nothing(words: list[str], hint: str, command: Run, tmp_path: Path) -> None:
     bundles.run_folder(tmp_path / "run")
     bundles.run_folder(tmp_path / "other", bundles.poison(images=bundles.poison().images + 1))
-    before = everything(tmp_path)
+    before = bundles.everything(tmp_path)
     message = refused(command, "dispute", *words)
     assert re.search(hint, message), message
-    assert everything(tmp_path) == before
+    assert bundles.everything(tmp_path) == before
 
 
 def test_a_dispute_of_another_schema_is_refused(tmp_path: Path) -> None:
