@@ -47,7 +47,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Brief = Annotated[str, Field(max_length=1000)]
 Long = Annotated[str, Field(max_length=10_000)]
-MAX_BYTES = 2**22
+MAX_BYTES = 2**24
 """Of a stored file; the longest that runs have written has 66 kB."""
 
 

@@ -24,7 +24,7 @@ from poisonbench.records import (
     Stored,
     VictimScores,
 )
-from poisonbench.statistics import CERTAIN, Interval, difference_interval
+from poisonbench.statistics import CERTAIN, Interval, excess_interval
 from poisonbench.texts import URL, Line, Text
 
 FILE = "verification.json"
@@ -64,10 +64,11 @@ class Verification(Stored):
     def excess(self, record: Record) -> dict[str, Interval]:
         """By how much a record claims more than was measured, in points, for each recipe of both.
 
-        Welch's interval for the difference of the mean drops, at 99 %.
+        An interval at 99 %, from the measured spread alone, or that of one test image where it is less.
         """
+        step = 100 / record.dataset.test_size if record.dataset.test_size else 0.0
         return {
-            mine.recipe_name: difference_interval(claimed.drops, mine.drops, CERTAIN)
+            mine.recipe_name: excess_interval(claimed.drops, mine.drops, CERTAIN, step)
             for mine in self.victims
             if (claimed := record.victim(mine.recipe_name)) is not None
         }

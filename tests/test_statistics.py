@@ -20,7 +20,14 @@ import pytest
 from scipy import stats
 
 from poisonbench.errors import UserError
-from poisonbench.statistics import Interval, mean_interval, paired_drop, ranks, ratio_interval
+from poisonbench.statistics import (
+    Interval,
+    excess_interval,
+    mean_interval,
+    paired_drop,
+    ranks,
+    ratio_interval,
+)
 
 
 def span(low: float, high: float) -> Interval:
@@ -158,3 +165,26 @@ def test_one_lucky_seed_wins_no_rank() -> None:
 
 def test_interval_reads_as_mean_and_half_width() -> None:
     assert str(Interval(mean=12.345, low=11.845, high=12.845, n=10)) == "12.35 ± 0.50"
+
+
+def test_an_excess_is_held_against_the_measured_spread() -> None:
+    # s = √2.5, t(4) at 99 % = 4.604095: half = 4.604095 · √2.5 · √(1/2 + 1/5)
+    found = excess_interval([6.0, 8.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.mean, found.n) == (4.0, 2)
+    assert found.high - found.mean == pytest.approx(6.090645, abs=1e-6)
+    assert found.mean - found.low == pytest.approx(6.090645, abs=1e-6)
+    assert excess_interval([-93.0, 107.0], [1.0, 2.0, 3.0, 4.0, 5.0]) == found
+    assert excess_interval([1.0] * 5, [1.0] * 5).low == 0
+    assert excess_interval([1.0] * 5, [1.0] * 5, least=1.0).low < -1
+    for samples in (([1.0], [1.0]), ([], [1.0, 2.0])):
+        with pytest.raises(UserError, match="at least 2 seeds"):
+            excess_interval(*samples)
+
+
+def test_an_excess_covers_what_it_says() -> None:
+    rng = np.random.default_rng(0)
+    claims, measured = rng.normal(2, 1, (4000, 10)), rng.normal(2, 1, (4000, 10))
+    flagged = [
+        excess_interval(c, m).low > 0 for c, m in zip(claims.tolist(), measured.tolist(), strict=True)
+    ]
+    assert 0.002 < np.mean(flagged) < 0.009  # 0.005 is expected

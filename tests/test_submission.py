@@ -7,8 +7,8 @@ Claims of `poisonbench.submission` tested here:
 - runs that no table ranks, that are marked, defended or of another poison are refused with the mend;
 - hidden seeds are those of HMAC-SHA256, follow from secret and poison alone, and are no public ones; the
   secret is private, is never written over, and is not in what is published;
-- an honest claim is flagged about as seldom as its interval says, one inflated by two points always;
-  a flagged entry is written too, with exit code 3;
+- an honest claim is flagged about as seldom as its interval says, one inflated by two points all but
+  always, whatever spread it claims; a flagged entry is written too, with exit code 3;
 - the entry holds the claim as it was, the poison, the author's words and the measurement; the same
   command again measures nothing, and other entries are never written over;
 - a name that passes for an attack or for an entry of others is refused, unless it is trusted; the
@@ -42,6 +42,7 @@ from poisonbench.submission import bundle, secret
 from poisonbench.submission.bundle import About
 from poisonbench.submission.manifest import entry_of
 from poisonbench.threat import PoisonSet
+from poisonbench.tracks import TRACKS
 from poisonbench.verification import Dispute, Verification, disputes_of
 
 HERE = Path(__file__).parents[1]
@@ -109,12 +110,12 @@ def test_a_bundle_is_a_function_of_run_and_words(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_limits_hold_every_track() -> None:
-    images = {"digits": 64, "cifar10-small": 16 * 16 * 3, "cifar10": 32 * 32 * 3}
-    for name, pixels in images.items():
-        count = tracks.TRACKS["digits"].dataset.train_size if name == "digits" else 40_000
-        assert count is not None
-        assert 2 * count * (pixels + 12) < bundle.LIMITS["poison.safetensors"]
+def test_the_limits_hold_every_image_of_every_track() -> None:
+    side = {"digits": 8, "tfds:cifar10": 32}
+    for track in TRACKS.values():
+        assert track.dataset.train_size is not None
+        pixels = 3 * (track.dataset.resolution or side[track.dataset.name]) ** 2
+        assert 2 * track.dataset.train_size * (pixels + 12) < bundle.LIMITS["poison.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,24 @@ def test_honest_claims_are_seldom_flagged_and_inflated_ones_always() -> None:
             flagged[inflation] += bool(measured.flagged(now.model_copy(update={"victims": claim})))
     # One in two hundred is expected, so 1.5 of 300; more than 6 would be a chance of one in a thousand.
     assert flagged[0.0] <= 6
-    assert flagged[2.0] == 300
+    assert flagged[2.0] >= 298
+
+
+def test_a_spread_that_was_made_up_hides_nothing() -> None:
+    made = bundles.poison()
+    measured = Verification(
+        poison_hash=made.hash, victims=[bundles.scores("smooth", list(range(100, 110)), drops(3.4))],
+        secret_hash="0" * 64, evaluation_seconds=1.0, created=bundles.record(made).created, command="",
+        code={}, libraries={}, hardware=bundles.record(made).hardware,
+    )  # fmt: skip
+    wild = [-4.0, 15.0] * 5
+    assert np.mean(wild) == pytest.approx(5.5)
+    assert measured.flagged(bundles.record(made, wild)) == ["smooth"]
+    alike = measured.victims[0].model_copy(update={"poisoned": measured.victims[0].clean})
+    nothing = measured.model_copy(update={"victims": [alike]})  # no spread but that of the test's steps
+    assert nothing.flagged(bundles.record(made, [0.0] * 10)) == []
+    assert nothing.flagged(bundles.record(made, [1 / 6] * 10)) == []  # one image of 600
+    assert nothing.flagged(bundles.record(made, [1 / 3] * 10)) == ["smooth"]
 
 
 def test_fewer_seeds_are_a_trial_that_the_whole_measurement_replaces(
