@@ -1,36 +1,29 @@
-"""An entry's way: packed by its author, measured by a maintainer on seeds that nobody knew, disputed.
+"""An entry's way: packed by its author, and measured by a maintainer on seeds that nobody knew.
 
 Claims of `poisonbench.submission` tested here:
 
 - a bundle is a function of the run and of its author's words, and what is read is what was packed; it
   holds neither pictures nor tables, and is not written over another file;
 - runs that no table ranks, that are marked, defended or of another poison are refused with the mend;
-- hidden seeds are those of HMAC-SHA256, follow from secret and poison alone, and are no public ones; the
-  secret is private, is never written over, and is not in what is published;
+- victims are trained on the hidden seeds of secret and poison, and the secret is in nothing published;
 - an honest claim is flagged about as seldom as its interval says, one inflated by two points all but
   always, whatever spread it claims; a flagged entry is written too, with exit code 3;
 - the entry holds the claim as it was, the poison, the author's words and the measurement; the same
   command again measures nothing, and other entries are never written over;
 - a name that passes for an attack or for an entry of others is refused, unless it is trusted; the
-  tables say of an entry that it was submitted, and take it for no control;
-- a dispute is written beside the record, which stays; its evidence must be of the same poison.
+  tables say of an entry that it was submitted, and take it for no control.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
-import os
 import re
-import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bundles
-import jax
 import numpy as np
 import pytest
 from commandline import Run, refused
@@ -43,7 +36,7 @@ from poisonbench.submission.bundle import About
 from poisonbench.submission.manifest import entry_of
 from poisonbench.threat import PoisonSet
 from poisonbench.tracks import TRACKS
-from poisonbench.verification import Dispute, Verification, disputes_of
+from poisonbench.verification import Verification
 
 HERE = Path(__file__).parents[1]
 ABOUT = About(title="Theirs", authors=["Ada Lovelace"])
@@ -181,45 +174,6 @@ def test_submit_takes_the_words_of_its_options(command: Run, tmp_path: Path) -> 
     assert (said.paper, said.code) == ("https://example.org/paper", "https://example.org/code")
     code, out, _ = command("submit", "run", *words, "--out", "b.zip", "--json")
     assert json.loads(out) == {"bundle": "b.zip", "manifest": said.model_dump(mode="json")}
-
-
-def test_hidden_seeds_follow_from_secret_and_poison() -> None:
-    key, poison_hash = bytes(range(32)), "ab" * 32
-    first = hmac.new(key, f"{poison_hash}:0".encode(), hashlib.sha256).digest()[:4]
-    seeds = secret.hidden_seeds(key, poison_hash, 10)
-    assert seeds[0] == int.from_bytes(first, "big")
-    assert seeds == secret.hidden_seeds(key, poison_hash, 20)[:10]
-    assert len(set(seeds)) == 10
-    assert all(0 <= seed < 2**32 for seed in seeds)
-    assert not set(seeds) & set(secret.hidden_seeds(key, "ac" * 32, 10))
-    assert not set(seeds) & set(secret.hidden_seeds(bytes(32), poison_hash, 10))
-    without = secret.hidden_seeds(key, poison_hash, 10, public=seeds[:1])
-    assert without[:9] == seeds[1:]
-    keys = [jax.random.key_data(harness.evaluation_key(seed)) for seed in (seeds[0], 2**32 - 1, 0)]
-    assert len({str(each) for each in keys}) == 3
-
-
-@pytest.mark.skipif(os.name != "posix", reason="modes of files")
-def test_the_secret_is_private_and_stays(command: Run, tmp_path: Path) -> None:
-    path = tmp_path / "config" / "their secret"
-    code, out, err = command("verify", "--new-secret", "--secret", str(path))
-    assert code == 0
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    known = secret.load(path)
-    assert len(known) == 32
-    assert out.strip() == hashlib.sha256(known).hexdigest()
-    assert known.hex() not in out + err
-    assert "is there already" in refused(command, "verify", "--new-secret", "--secret", str(path))
-    assert secret.load(path) == known
-    path.chmod(0o640)
-    assert "chmod 600" in refused(command, "verify", "x.zip", "--secret", str(path))
-    path.chmod(0o600)
-    for text in (b"", b"abc", known.hex().encode()[:-2], b"\xff" * 64, known.hex().encode() * 2):
-        path.write_bytes(text)
-        assert "holds no secret" in refused(command, "verify", "x.zip", "--secret", str(path))
-    assert "--new-secret" in refused(command, "verify", "x.zip", "--secret", "nowhere")
-    assert "--new-secret" in refused(command, "verify")
-    assert "--new-secret" in refused(command, "verify", "x.zip", "--new-secret")
 
 
 def test_an_honest_claim_becomes_an_entry(
@@ -386,60 +340,6 @@ def test_tables_say_what_was_submitted_and_take_it_for_no_control(
     assert "noise (submitted)" in page
     assert "*noise" not in page
     assert "Controls missing: none, noise" in page
-
-
-def test_a_dispute_marks_and_deletes_nothing(command: Run, tmp_path: Path) -> None:
-    folder = bundles.run_folder(tmp_path / "results" / "digits" / "theirs" / "none" / "theirs-1")
-    claim = Record.load(folder / "record.json")
-    before = {p: p.read_bytes() for p in folder.iterdir()}
-    again = bundles.run_folder(tmp_path / "again", drops=[0.1, 0.2] * 5)
-    words = ["dispute", str(folder), "--author", "Grace Hopper", "--reason"]
-    code, out, err = command(*words, "No drop here.", "--evidence", "again/record.json")
-    assert code == 0, err
-    assert out.strip() == str(folder / "dispute-1.json")
-    code, out, _ = command(*words, "Nor there.", "--evidence", "https://example.org/12", "--json")
-    assert code == 0
-    assert json.loads(out)["dispute"] == str(folder / "dispute-2.json")
-    assert command(*words, "Nowhere.")[0] == 0
-    found = disputes_of(folder, claim)
-    assert [d.reason for d in found] == ["No drop here.", "Nor there.", "Nowhere."]
-    assert [d.evidence for d in found] == ["evidence-1.json", "https://example.org/12", ""]
-    assert Record.load(folder / "evidence-1.json") == Record.load(again / "record.json")
-    assert {p: p.read_bytes() for p in before} == before
-
-
-@pytest.mark.parametrize(
-    ("words", "hint"),
-    [
-        (["nowhere", "--reason", "x", "--author", "A"], "cannot read nowhere"),
-        (["run", "--reason", "", "--author", "A"], "--reason: "),
-        (["run", "--reason", "x" * 2001, "--author", "A"], "--reason: "),
-        (["run", "--reason", "<img src=x>", "--author", "A"], "--reason: .*HTML"),
-        (["run", "--reason", "x", "--author", "A\nB"], "--author: "),
-        (
-            ["run", "--reason", "x", "--author", "A", "--evidence", "javascript:1"],
-            "neither an address nor",
-        ),
-        (["run", "--reason", "x", "--author", "A", "--evidence", "other/record.json"], "another poison"),
-        (
-            ["run", "--reason", "x", "--author", "A", "--evidence", "private/secret"],
-            "not a valid record",
-        ),
-    ],
-)
-def test_a_dispute_that_says_nothing(words: list[str], hint: str, command: Run, tmp_path: Path) -> None:
-    bundles.run_folder(tmp_path / "run")
-    bundles.run_folder(tmp_path / "other", bundles.poison(images=bundles.poison().images + 1))
-    before = bundles.everything(tmp_path)
-    message = refused(command, "dispute", *words)
-    assert re.search(hint, message), message
-    assert bundles.everything(tmp_path) == before
-
-
-def test_a_dispute_of_another_schema_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "dispute-1.json").write_text('{"reason": "x"}')
-    with pytest.raises(UserError, match="is not a valid dispute"):
-        Dispute.load(tmp_path / "dispute-1.json")
 
 
 @pytest.mark.slow
