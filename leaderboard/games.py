@@ -23,7 +23,8 @@ from typing import Any
 from poisonbench import records, transfer, verification
 from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import CURRENT, RULES, Interval
-from poisonbench.tracks import TRACKS
+from poisonbench.submission import manifest
+from poisonbench.tracks import TRACKS, departures
 from poisonbench.verification import Dispute, Verification
 
 Found = Sequence[tuple[Path, Record]]
@@ -43,7 +44,7 @@ class Row:
         pictures: names of the pictures beside it.
         name: the attack, with the options that tell it from its neighbours.
         control: which of the controls that every table should have it is, if any. A poison that
-            was handed in is none, whatever it is called.
+            was handed in is none, whatever it is called; nor is a submitted entry.
         transfer: scores on the track's transfer victims, by name, as far as they were measured.
         verification: what a maintainer measured of its poison, if anything.
         disputes: results that break it, in the order in which they were raised.
@@ -179,28 +180,8 @@ def _key(record: Record, *, any_fraction: bool = False) -> str:
     )  # fmt: skip
 
 
-def _changes(record: Record) -> list[str]:
-    """What differs from the track as it is frozen now; nothing where the record is the track's.
-
-    The record's own list is believed where it admits a change, and checked where it does not.
-    """
-    track = TRACKS.get(record.track)
-    if record.custom or track is None:
-        return sorted(record.custom) or ["track unknown"]
-    victims = {victim.recipe_name: victim for victim in record.victims}
-    recipes = {name: recipe.as_dict() for name, recipe in track.recipes.items()}
-    same = {
-        "dataset": record.dataset == track.dataset,
-        "surrogate": record.surrogate == track.surrogate,
-        "recipes": len(victims) == len(record.victims)
-        and canonical({name: v.whole_recipe for name, v in victims.items()}) == canonical(recipes),
-        "seeds": all(v.seeds == list(range(track.seeds)) for v in record.victims),
-    }
-    return [f"{name} unlike the track's" for name, alike in same.items() if not alike]
-
-
 def _title(record: Record) -> str:
-    changes = _changes(record)
+    changes = departures(record)
     custom = f", custom ({', '.join(changes)})" if changes else ""
     return f"{record.track}{custom}: {record.budget.game()}"
 
@@ -220,14 +201,16 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
     for folder, record in group:
         kind = _name(record, {"spread"})
         beside = frozenset(path.name for path in folder.iterdir() if path.is_file())
+        submitted = manifest.FILE in beside
         verified = verification.FILE in beside
         disputed = any(fnmatchcase(name, verification.DISPUTES) for name in beside)
+        name = _name(record, telling.get(record.attack, ()))
         row = Row(
             record=record,
             folder=folder.relative_to(results).as_posix(),
             pictures=tuple(p for p in ("summary.png",) if p in beside),
-            name=_name(record, telling.get(record.attack, ())),
-            control=kind if kind in controls else None,
+            name=f"{name} (submitted)" if submitted else name,
+            control=kind if kind in controls and not submitted else None,
             transfer=_transfer(folder, record) if transfer.FILE in beside else {},
             verification=verification.verification_of(folder, record) if verified else None,
             disputes=tuple(verification.disputes_of(folder, record)) if disputed else (),
@@ -240,7 +223,7 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
     others = track.transfer if track else ()
     carried = [name for name in others if any(name in row.transfer for row in ranked)]
     return Game(
-        track=first.track, frozen=not _changes(first), title=title, slug=slug,
+        track=first.track, frozen=not departures(first), title=title, slug=slug,
         recipes=recipes, seeds=seeds, transfer=carried, ranked=ranked,
         set_aside=sorted(set_aside, key=lambda row: row.folder),
         missing=[control for control in controls if control not in there],

@@ -8,24 +8,19 @@ text; nothing is imported or run.
 from __future__ import annotations
 
 import ast
-import json
 import pkgutil
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from poisonbench import attacks
-from poisonbench.errors import UserError
 from poisonbench.records import Record
+from poisonbench.submission.manifest import Manifest
 
 from .games import Row, crafted
 
-FILE = "entry.json"
-LARGEST = 2**16
-"""Bytes of an `entry.json` that are read."""
 PAPER = re.compile(
     r'Paper: (?P<authors>[^"]+), "(?P<title>[^"]+)", (?:(?P<venue>[^",]+) )?(?P<year>\d{4}),'
     r" (?P<address>https?://[\w./-]*\w)"
@@ -34,56 +29,10 @@ JOURNALS = ("JMLR", "TMLR")
 ARXIV = re.compile(r"https://arxiv\.org/abs/(\d+\.\d+)$")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What its author says of an entry; every text may be empty.
-
-    Attributes:
-        author: who made it.
-        description: of the attack, in a few sentences.
-        paper: where it is described: a title or an address.
-        bibtex: of that paper, as its author wrote it.
-        code: address of the code.
-    """
-
-    author: str = ""
-    description: str = ""
-    paper: str = ""
-    bibtex: str = ""
-    code: str = ""
-
-
-def entry_of(folder: Path, beside: frozenset[str]) -> Entry:
-    """What lies beside a record in `entry.json`; empty where there is none.
-
-    Args:
-        folder: of the record.
-        beside: names of the files in it.
-
-    Raises:
-        UserError: the file is not valid.
-    """
-    if FILE not in beside:
-        return Entry()
-    path = folder / FILE
-    try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise UserError(f"{path} is larger than {LARGEST} bytes: shorten its texts")
-        said = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not a valid description of an entry") from None
-    if not isinstance(said, dict):
-        raise UserError(f"{path} is not a valid description of an entry")
-    fields = Entry.__dataclass_fields__
-    return Entry(**{name: said[name] for name in fields if isinstance(said.get(name), str)})
-
-
-def address(text: str) -> str | None:
+def address(text: str | None) -> str | None:
     """The text where it is an address that a page may link to, http or https, and nothing else."""
+    if text is None:
+        return None
     try:
         parts = urlsplit(text)
     except ValueError:
@@ -112,12 +61,13 @@ def of_attack(record: Record) -> str:
     return _bibtex(kind, _key(authors[0], found["year"], found["title"].split()[0]), fields)
 
 
-def of_entry(row: Row, entry: Entry) -> str:
+def of_entry(row: Row, entry: Manifest | None) -> str:
     """BibTeX of one entry of the board."""
     record = row.record
+    authors = entry.authors if entry else ["The poisonbench authors"]
     fields = {
         "title": f"{{Entry {_tex(row.name)} of poisonbench, track {_tex(record.track)}}}",
-        "author": f"{{{_tex(entry.author or 'The poisonbench authors')}}}",
+        "author": " and ".join(f"{{{_tex(author)}}}" for author in authors),
         "year": row.date[:4],
         "note": _tex(
             f"poisonbench {record.code.get('version') or '?'}, measured {row.date},"

@@ -26,6 +26,8 @@ from markupsafe import Markup
 from poisonbench.errors import UserError
 from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import CERTAIN, CONFIDENCE, CURRENT, RULES
+from poisonbench.submission import manifest
+from poisonbench.submission.manifest import Manifest
 from poisonbench.tracks import TRACKS
 
 from . import papers
@@ -56,13 +58,13 @@ class Sheet:
     Attributes:
         row: in its table.
         game: the table.
-        entry: what its author says of it.
+        entry: what its author says of it, where it came by submission.
         cells: what defences made of it, with their tables' judges.
     """
 
     row: Row
     game: Game
-    entry: papers.Entry
+    entry: Manifest | None
     cells: list[Cell]
 
     @property
@@ -102,7 +104,7 @@ def pages(
         UserError: what lies beside a record is not valid; before the first file.
     """
     entries = {
-        row.folder: papers.entry_of(results / row.folder, row.beside)
+        row.folder: manifest.entry_of(results / row.folder) if manifest.FILE in row.beside else None
         for game in games
         for row in (*game.ranked, *game.set_aside)
     }

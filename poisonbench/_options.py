@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -54,3 +56,18 @@ SeedsOption = Annotated[int | None, typer.Option(help="Evaluation seeds per reci
 OutOption = Annotated[Path, typer.Option(help="Folder for runs.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+_PRIVATE = {"--data-dir": "DIR", "--secret": "FILE"}
+"""Where data and secrets lie on this machine is nobody else's business."""
+
+
+def command() -> str:
+    """What was typed, for the record."""
+    words = list(sys.argv[1:])
+    for i, word in enumerate(words):
+        option, equals, _ = word.partition("=")
+        if option in _PRIVATE and equals:
+            words[i] = f"{option}={_PRIVATE[option]}"
+        elif option in _PRIVATE and i + 1 < len(words):
+            words[i + 1] = _PRIVATE[option]
+    return "poisonbench " + shlex.join(words)

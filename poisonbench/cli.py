@@ -8,7 +8,6 @@ and exit code 2.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -40,8 +39,10 @@ from poisonbench._options import (
     TrainSizeOption,
     ValSizeOption,
 )
-from poisonbench.errors import UserError
+from poisonbench._options import command as _command
+from poisonbench.errors import UserError, plain
 from poisonbench.smoothness.probe import Images, Probe
+from poisonbench.submission import verbs
 
 app = typer.Typer(
     name="poisonbench",
@@ -369,6 +370,10 @@ def leaderboard(
         raise typer.Exit(1)
 
 
+for verb in (verbs.submit, verbs.verify, verbs.dispute):
+    app.command()(verb)
+
+
 def _request(given: dict[str, Any]) -> Any:
     from poisonbench import attacks, runs
 
@@ -379,17 +384,6 @@ def _request(given: dict[str, Any]) -> Any:
     own = [option for parameter in context.command.params for option in parameter.opts]
     attack = attacks.build(name, list(options.items()), also_known=own)
     return runs.Request(setting, name, attack, given["seed"], _command())
-
-
-def _command() -> str:
-    """What was typed, for the record; where data lies on this machine is nobody else's business."""
-    words = list(sys.argv[1:])
-    for i, word in enumerate(words):
-        if word.startswith("--data-dir="):
-            words[i] = "--data-dir=DIR"
-        elif word == "--data-dir" and i + 1 < len(words):
-            words[i + 1] = "DIR"
-    return "poisonbench " + shlex.join(words)
 
 
 def _setting(given: dict[str, Any]) -> Any:
@@ -433,7 +427,7 @@ def main() -> NoReturn:
         code = result if isinstance(result, int) else 0
     except (UserError, TyperException) as error:
         text = error.format_message() if isinstance(error, TyperException) else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"error: {plain(text)}", file=sys.stderr)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130

@@ -14,6 +14,15 @@ class UserError(ValueError):
     """Bad input: the message says what is wrong and what to do about it, in one line."""
 
 
+def plain(text: str, longest: int = 1000) -> str:
+    """What a stranger wrote, fit for an error: one line, printable, cut after `longest` characters.
+
+    A terminal obeys escape sequences, so none may reach it.
+    """
+    line = "".join(c for c in " ".join(text[: 4 * longest].split()) if c.isprintable())
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not there, with the nearest ones that are.
 

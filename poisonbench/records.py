@@ -12,7 +12,7 @@ import subprocess
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,7 +27,7 @@ from pydantic import (
 from poisonbench import __version__
 from poisonbench._files import write_text
 from poisonbench.data import DataSpec
-from poisonbench.errors import UserError
+from poisonbench.errors import UserError, plain
 from poisonbench.statistics import Interval, mean_interval, paired_drop
 from poisonbench.threat import Budget
 from poisonbench.victim.recipe import Recipe
@@ -42,8 +42,23 @@ DEFENSE = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\+[A-Za-z0-9][A-Za-z0-9_-]{0,63}){0,
 Name = Annotated[str, Field(pattern=NAME)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
+# The upper ends are far beyond all that is meant, and keep arithmetic on a stranger's numbers finite.
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Brief = Annotated[str, Field(max_length=1000)]
+Long = Annotated[str, Field(max_length=10_000)]
+MAX_BYTES = 2**24
+"""Of a stored file; the longest that runs have written has 66 kB."""
+
+
+def _of_our_time(moment: datetime) -> datetime:
+    if not 2000 <= moment.year < 3000:  # at the ends of the calendar a change of time zone overflows
+        raise ValueError("no date of this millennium")
+    return moment
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_of_our_time)]
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +67,8 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 Config = Annotated[dict[str, Any], AfterValidator(_finite)]
+Code = Annotated[dict[Brief, Brief | bool | None], Field(max_length=100)]
+Libraries = Annotated[dict[Brief, Brief], Field(max_length=100)]
 
 
 class Frozen(BaseModel):
@@ -64,7 +81,13 @@ Kept = TypeVar("Kept", bound="Stored")
 
 
 class Stored(Frozen):
-    """What is kept in a JSON file of its own."""
+    """What is kept in a JSON file of its own.
+
+    Attributes:
+        kind: what errors call it.
+    """
+
+    kind: ClassVar[str] = "record"
 
     def save(self, path: Path) -> None:
         """Write the record, whole or not at all."""
@@ -75,17 +98,35 @@ class Stored(Frozen):
         """Read a record that anybody may have written.
 
         Raises:
-            UserError: it cannot be read, or is not a record.
+            UserError: it cannot be read, has more than `MAX_BYTES`, or is not a record.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
+            with path.open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls: type[Kept], data: bytes, where: str) -> Kept:
+        """Make sense of bytes that anybody may have written.
+
+        Args:
+            data: JSON.
+            where: what errors call them.
+
+        Raises:
+            UserError: they are more than `MAX_BYTES`, or not a record.
+        """
+        if len(data) > MAX_BYTES:
+            raise UserError(f"{where} is not a valid {cls.kind} (it has more than {MAX_BYTES} bytes)")
+        try:
+            return cls.model_validate_json(data)
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "file"
-            what = " ".join(f"{where}: {problem['msg']}".split())
-            raise UserError(f"{path} is not a valid record ({what})") from None
+            problem = error.errors(include_url=False, include_input=False)[0]
+            place = plain(".".join(map(str, problem["loc"])) or "file", 100)
+            what = f"{place}: {plain(problem['msg'])}"
+            raise UserError(f"{where} is not a valid {cls.kind} ({what})") from None
 
 
 class Filtering(Frozen):
@@ -132,7 +173,7 @@ class VictimScores(Frozen):
 
     recipe_name: Name
     recipe: Config
-    seeds: list[int] = Field(min_length=2)
+    seeds: list[Seed] = Field(min_length=2)
     clean: list[Percent]
     poisoned: list[Percent]
     clean_best: list[Percent]
@@ -187,10 +228,10 @@ class VictimScores(Frozen):
 class Hardware(Frozen):
     """Where it ran."""
 
-    system: str
-    processor: str
-    cores: int
-    device: str
+    system: Brief
+    processor: Brief
+    cores: Count
+    device: Brief
 
 
 class Record(Stored):
@@ -217,29 +258,29 @@ class Record(Stored):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     track: Name
-    custom: list[str] = []
+    custom: list[Brief] = Field(default=[], max_length=1000)
     attack: Name
     attack_config: Config
-    attack_seed: int
+    attack_seed: Seed
     defense: Annotated[str, Field(pattern=DEFENSE)] = "none"
     defense_config: Config = {}
     dataset: DataSpec
     hashes: dict[Literal["train", "val", "test"], Hash] = Field(min_length=3)
     budget: Budget
-    num_train: int = Field(ge=1)
-    num_poison: int = Field(ge=0)
-    surrogate: str
+    num_train: Annotated[Count, Field(ge=1)]
+    num_poison: Count
+    surrogate: Name
     victims: list[VictimScores] = Field(min_length=1)
     poison_hash: Hash
     crafting_seconds: Seconds | None
     evaluation_seconds: Seconds
-    created: AwareDatetime
-    command: str
-    code: dict[str, str | bool | None]
-    libraries: dict[str, str]
+    created: Moment
+    command: Long
+    code: Code
+    libraries: Libraries
     hardware: Hardware
     status: Literal["valid", "invalid", "superseded"] = "valid"
-    remark: str = ""
+    remark: Long = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Record:

@@ -129,7 +129,7 @@ def evaluate(
         UserError: the file is not valid, breaks its budget, or is for other data.
     """
     poison = PoisonSet.load(file)
-    if not re.match(records.NAME, name):
+    if not re.fullmatch(records.NAME, name):  # `match` would let a last line end pass
         raise UserError(
             f"--name {name[:80]!r}: use up to 64 letters, digits, '-' and '_', a letter or digit first"
         )

@@ -91,24 +91,36 @@ def paired_drop(clean: Sequence[float], poisoned: Sequence[float]) -> Interval:
     return mean_interval([c - p for c, p in zip(clean, poisoned, strict=True)])
 
 
-def difference_interval(
-    sample: Sequence[float], other: Sequence[float], confidence: float = CONFIDENCE
+def excess_interval(
+    claimed: Sequence[float], measured: Sequence[float], confidence: float = CERTAIN, least: float = 0.0
 ) -> Interval:
-    """Welch's interval for the difference of two means, of samples that are not paired.
+    """By how much the mean of a claimed sample exceeds that of a measured one.
+
+    An honest claim has the distribution of the measurement: its victims differ in nothing but their
+    seeds. So the measured spread s holds for both, and with n claimed and m measured values
+
+        mean(claimed) - mean(measured) ± t(m - 1) · s · √(1/n + 1/m).
+
+    The claimed spread is not used: whoever makes up a mean can make up a spread that would hide it.
+
+    Args:
+        claimed: what somebody says, in the unit of the result.
+        measured: what it is held against.
+        confidence: of the interval.
+        least: the least spread there can be, such as that of values that come in steps.
 
     Raises:
-        UserError: fewer than two values in one of them.
+        UserError: no claim, or fewer than two measured values.
     """
     from scipy import stats
 
-    if min(len(sample), len(other)) < 2:
+    if len(measured) < 2 or not claimed:
         raise UserError("an interval needs at least 2 seeds: one accuracy alone is never a result")
-    x, y = np.asarray(sample, np.float64), np.asarray(other, np.float64)
-    difference = float(x.mean() - y.mean())
-    if x.std() == y.std() == 0:  # of which no interval can be made but a point
-        return Interval(mean=difference, low=difference, high=difference, n=min(len(x), len(y)))
-    ends = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
-    return Interval(mean=difference, low=float(ends.low), high=float(ends.high), n=min(len(x), len(y)))
+    x, y = np.asarray(claimed, np.float64), np.asarray(measured, np.float64)
+    excess, spread = float(x.mean() - y.mean()), max(float(y.std(ddof=1)), least)
+    quantile = float(stats.t.ppf((1 + confidence) / 2, len(y) - 1))
+    half = quantile * spread * float(np.sqrt(1 / len(x) + 1 / len(y)))
+    return Interval(mean=excess, low=excess - half, high=excess + half, n=min(len(x), len(y)))
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval | None:

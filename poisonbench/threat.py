@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from poisonbench._files import content_hash, replacing
-from poisonbench.errors import UserError
+from poisonbench.errors import UserError, plain
 
 Labels = Literal["fixed", "free"]
 Mode = Literal["replace", "add"]
@@ -182,7 +182,7 @@ class PoisonSet:
             budget = Budget.model_validate_json(str(header.get("budget")))
         except ValidationError as error:
             problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "budget"
+            where = plain(".".join(map(str, problem["loc"])), 100) or "budget"
             raise _bad(path, f"its budget is not valid ({where}: {problem['msg']})") from None
         train_hash = header.get("train_hash")
         if not (isinstance(train_hash, str) and re.fullmatch("[0-9a-f]{64}", train_hash)):
@@ -238,7 +238,7 @@ class PoisonSet:
         if self.budget.labels == "fixed" and np.any(self.labels != train_labels[self.indices]):
             raise UserError("the poison changes labels, which its budget fixes")
         if isinstance(self.budget.pixels, LInf):
-            moved = np.abs(self.images.astype(int) - train_images[self.indices].astype(int))
+            moved = np.abs(self.images.astype(np.int16) - train_images[self.indices].astype(np.int16))
             if len(self) and moved.max() > self.budget.pixels.radius:
                 raise UserError(
                     f"the poison moves a pixel by {moved.max()} levels; its budget allows"
@@ -267,6 +267,8 @@ _TENSORS = {"images": (np.uint8, 4), "indices": (np.int64, 1), "labels": (np.int
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"cannot read {path}: it is no file")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise _bad(path, f"it has {size} bytes, more than the {MAX_FILE_BYTES} allowed")
@@ -274,8 +276,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
             if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
                 raise _bad(path, "its header is too long or it is no safetensors file")
         with safe_open(path, framework="numpy") as file:
-            if set(file.keys()) != set(_TENSORS):
-                raise _bad(path, f"it holds {sorted(file.keys())}, not {sorted(_TENSORS)}")
+            if (names := set(file.keys())) != set(_TENSORS):
+                raise _bad(path, f"it holds {plain(str(sorted(names)), 200)}, not {sorted(_TENSORS)}")
             header = json.loads((file.metadata() or {}).get("poisonbench", "{}"))
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
     except OSError as error:
@@ -283,7 +285,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     except (SafetensorError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise _bad(path, f"it is truncated or no safetensors file ({error})") from None
+        raise _bad(path, f"it is truncated or no safetensors file ({plain(str(error), 200)})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise _bad(path, f"its format is not {FORMAT}")
     return tensors, header

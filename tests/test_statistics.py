@@ -7,7 +7,6 @@ Claims of `poisonbench.statistics` tested here:
   catches an interval that takes the normal distribution for Student's;
 - drops are paired: what the two victims of a seed have in common does not widen the interval;
 - fewer than two seeds, and lists that are no pairs, are refused in one line;
-- a claim is held against a measurement by Welch's interval, which is scipy's;
 - a rank is one more than the number of attacks that rank above: by paired differences and Holm's
   correction, as worked out pair by pair with scipy; what all victims of a seed have in common does not
   matter; of attacks that are all alike, some part in at most 5 % of tables, and without the correction
@@ -29,7 +28,7 @@ from poisonbench.statistics import (
     CURRENT,
     RULES,
     Interval,
-    difference_interval,
+    excess_interval,
     mean_interval,
     paired_drop,
     ratio_interval,
@@ -187,23 +186,6 @@ def test_equal_rows_and_constant_differences() -> None:
     assert max(RULES) == CURRENT
 
 
-def test_claims_are_held_by_welchs_interval() -> None:
-    rng = np.random.default_rng(3)
-    claimed, measured = rng.normal(3, 1, 10), rng.normal(2, 2, 7)
-    interval = difference_interval(claimed.tolist(), measured.tolist(), 0.99)
-    ends = stats.ttest_ind(claimed, measured, equal_var=False).confidence_interval(0.99)
-    assert (interval.low, interval.high) == pytest.approx((ends.low, ends.high))
-    assert interval.mean == pytest.approx(claimed.mean() - measured.mean())
-    flagged = [
-        difference_interval(a.tolist(), b.tolist(), 0.99).low > 0
-        for a, b in rng.normal(size=(1000, 2, 10))
-    ]
-    assert np.mean(flagged) < 0.005 + 0.007, "one honest claim in two hundred"
-    assert difference_interval([2.0, 2.0], [1.0, 1.0]).low == 1.0
-    with pytest.raises(UserError, match="at least 2 seeds"):
-        difference_interval([1.0], [1.0, 2.0])
-
-
 def test_fiellers_interval_by_simulation() -> None:
     """Of many samples, 95 in 100 intervals hold the true ratio."""
     rng = np.random.default_rng(0)
@@ -247,3 +229,26 @@ def test_one_lucky_seed_wins_no_rank(version: int) -> None:
 
 def test_interval_reads_as_mean_and_half_width() -> None:
     assert str(Interval(mean=12.345, low=11.845, high=12.845, n=10)) == "12.35 ± 0.50"
+
+
+def test_an_excess_is_held_against_the_measured_spread() -> None:
+    # s = √2.5, t(4) at 99 % = 4.604095: half = 4.604095 · √2.5 · √(1/2 + 1/5)
+    found = excess_interval([6.0, 8.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.mean, found.n) == (4.0, 2)
+    assert found.high - found.mean == pytest.approx(6.090645, abs=1e-6)
+    assert found.mean - found.low == pytest.approx(6.090645, abs=1e-6)
+    assert excess_interval([-93.0, 107.0], [1.0, 2.0, 3.0, 4.0, 5.0]) == found
+    assert excess_interval([1.0] * 5, [1.0] * 5).low == 0
+    assert excess_interval([1.0] * 5, [1.0] * 5, least=1.0).low < -1
+    for samples in (([1.0], [1.0]), ([], [1.0, 2.0])):
+        with pytest.raises(UserError, match="at least 2 seeds"):
+            excess_interval(*samples)
+
+
+def test_an_excess_covers_what_it_says() -> None:
+    rng = np.random.default_rng(0)
+    claims, measured = rng.normal(2, 1, (4000, 10)), rng.normal(2, 1, (4000, 10))
+    flagged = [
+        excess_interval(c, m).low > 0 for c, m in zip(claims.tolist(), measured.tolist(), strict=True)
+    ]
+    assert 0.002 < np.mean(flagged) < 0.009  # 0.005 is expected

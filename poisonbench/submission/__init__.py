@@ -1,0 +1,1 @@
+"""From somebody's run to an entry: bundles, and the maintainer's side, which trusts nothing of them."""
