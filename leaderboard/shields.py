@@ -121,9 +121,14 @@ class Siege:
     def won_back(self, defense: str) -> Interval | None:
         """Share won back of all that was lost to the attacks that took something for sure, together.
 
-        Sums, not a mean of shares: a share of next to nothing may be anything.
+        Sums, not a mean of shares: a share of next to nothing may be anything. Without attacks that were
+        made against one defence, which the others have not met.
         """
-        cells = [cell for cell in self.of(defense) if cell.won_back is not None]
+        cells = [
+            cell
+            for cell in self.of(defense)
+            if cell.won_back is not None and not cell.record.attack_config.get("against")
+        ]
         if not cells:
             return None
         pairs = min(len(cell.lost) for cell in cells)

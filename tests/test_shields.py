@@ -92,6 +92,12 @@ def test_shares_of_several_attacks_are_of_all_that_was_lost(tmp_path: Path) -> N
     assert [siege.cells[a, "spectral"].won_back.mean for a in ("mgd", "es")] == [0.5, -4.0]
     assert siege.won_back("spectral").mean == pytest.approx(1 / 11)
 
+    adaptive = {"attack_config": {"against": "spectral"}, "poison_hash": "f" * 64}
+    put(tmp_path, make("mgd", 9.0, 0.0, **adaptive), guarded(9.0, 1.0).model_copy(update=adaptive))
+    (siege,) = found(tmp_path)
+    assert len(siege.of("spectral")) == 3
+    assert siege.won_back("spectral").mean == pytest.approx(1 / 11)
+
 
 def test_intervals_of_shares_are_not_of_one_mould(tmp_path: Path) -> None:
     put(tmp_path, make("mgd", 10.0, 2.0), guarded(4.0, 1.0, spread=2.0))
