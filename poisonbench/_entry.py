@@ -1,6 +1,6 @@
 """An attack under examination, and the tiny problem that it is examined on.
 
-40 images of 8×8 in four classes, a ResNet-9 of width 2, one epoch.
+40 images of 8×8 in four classes, a plain network of width 2, one epoch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GAMES = (
 )
 SHAPES = 4
 """The games after these have sets of other shapes, for which everything is compiled anew."""
-TINY = DIGITS.recipes["smooth"].replace(width=2, epochs=1, batch_size=20)
+TINY = DIGITS.recipes["smooth"].replace(network="cnn", width=2, epochs=1, batch_size=20)
 CHEAP = {
     "steps": "3", "check_every": "2", "check_seeds": "2", "start_seeds": "2", "trial_seeds": "2",
     "candidates": "2", "rounds": "3", "follower_steps": "2", "train_steps": "1",

@@ -24,7 +24,10 @@ from poisonbench.threat import Budget, PoisonSet
 from poisonbench.tracks import DIGITS
 
 SPEC = DataSpec(name="digits", train_size=100, val_size=50, test_size=600)
-SMALL = {name: r.replace(width=2, epochs=1, batch_size=50) for name, r in DIGITS.recipes.items()}
+SMALL = {
+    name: r.replace(network="cnn", width=2, epochs=1, batch_size=50)
+    for name, r in DIGITS.recipes.items()
+}
 MEMBERS = ("manifest.json", "record.json", "poison.safetensors")
 
 

@@ -51,6 +51,7 @@ def task() -> Task:
     return Task.of(digits, Budget(fraction=0.1), learns)
 
 
+@pytest.mark.slow
 def test_a_pair_measures_the_metagradient_along_its_perturbation(task: Task) -> None:
     chosen = flips.chosen_at_random(task, KEY)
     problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
@@ -70,6 +71,7 @@ def test_a_pair_measures_the_metagradient_along_its_perturbation(task: Task) -> 
     assert measured != pytest.approx(other, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("against", ["mixup", "adversarial"])
 def test_an_adaptive_attack_goes_through_the_defence(task: Task, against: str) -> None:
     """Its gradient is that of the defended run, and of no other."""

@@ -33,7 +33,7 @@ from poisonbench.threat import PoisonSet
 from poisonbench.tracks import TRACKS
 
 SIZES = ["--train-size", "100", "--val-size", "50", "--test-size", "50"]
-RECIPE = ["--set", "width=2", "--set", "epochs=1", "--set", "batch_size=50"]
+RECIPE = ["--set", "network=cnn", "--set", "width=2", "--set", "epochs=1", "--set", "batch_size=50"]
 TINY = [*SIZES, *RECIPE]
 CHEAP = ["--start", "random", "--steps", "3", "--check-seeds", "2"]
 

@@ -10,7 +10,7 @@ Claims of `poisonbench.runs` and of the command line tested here:
 - a certificate of `dpa` is recorded, and not violated;
 - what cannot work is refused before anything is written.
 
-Runs are tiny: 100 digits, a ResNet-9 of width 2, one epoch, two seeds.
+Runs are tiny: 100 digits, a plain network of width 2, one epoch, two seeds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def request(
         track=None, dataset=None, data_dir=None,
         sizes={"train_size": 100, "val_size": 50, "test_size": 50},
         **{"fraction": 0.1, "labels": "free", "radius": None, **game},
-        overrides=["width=2", "epochs=1", "batch_size=50"], seeds=2, defense=defense,
+        overrides=["network=cnn", "width=2", "epochs=1", "batch_size=50"], seeds=2, defense=defense,
         defense_options=options,
     )  # fmt: skip
     return Request(chosen, attack, attacks.build(attack, []), 0, "poisonbench run")

@@ -37,7 +37,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(sys.modules, "poisonbench.attacks.my_attack", None)
     monkeypatch.delitem(sys.modules, "poisonbench.attacks.my_attack")
     small = DIGITS.dataset.model_copy(update={"train_size": 100, "val_size": 50, "test_size": 50})
-    victims = {name: r.replace(width=2, epochs=1, batch_size=50) for name, r in DIGITS.recipes.items()}
+    victims = {
+        name: r.replace(network="cnn", width=2, epochs=1, batch_size=50)
+        for name, r in DIGITS.recipes.items()
+    }
     tiny = replace(
         DIGITS, dataset=small, budget=Budget(fraction=0.1), recipes=MappingProxyType(victims), seeds=2
     )

@@ -38,7 +38,8 @@ from poisonbench.victim import evaluation
 from poisonbench.victim.training import TrainingSet
 
 RECIPES = {
-    name: recipe.replace(width=2, epochs=3, batch_size=20) for name, recipe in DIGITS.recipes.items()
+    name: recipe.replace(network="cnn", width=2, epochs=3, batch_size=20)
+    for name, recipe in DIGITS.recipes.items()
 }
 SMOOTH = {"smooth": RECIPES["smooth"]}
 

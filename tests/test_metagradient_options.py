@@ -340,6 +340,7 @@ print(json.dumps({"value": float(value), "gradient": float(gradient.sum()), "gro
 """
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_stay_within_their_memory() -> None:
     states = plan(10_000, memory="32MiB", state_bytes=2**20)
     assert states.kept == 32

@@ -91,7 +91,7 @@ def test_a_run_works_from_an_unrelated_folder(tmp_path: Path) -> None:
     script = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from poisonbench.cli import main; main()"
     tiny = [
         *("--train-size", "100", "--val-size", "50", "--test-size", "50"),
-        *("--set", "width=2", "--set", "epochs=1", "--set", "batch_size=50"),
+        *("--set", "network=cnn", "--set", "width=2", "--set", "epochs=1", "--set", "batch_size=50"),
     ]
 
     def command(*words: str) -> str:

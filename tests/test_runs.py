@@ -12,7 +12,7 @@ Claims of `poisonbench.runs` tested here:
 - a poison file scored alone gives the accuracies of its run;
 - publishing copies a finished run, and never overwrites one.
 
-Runs are tiny: 100 digits, a ResNet-9 of width 2, one epoch, two seeds.
+Runs are tiny: 100 digits, a plain network of width 2, one epoch, two seeds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from poisonbench.runs import Finished, Request
 from poisonbench.threat import PoisonSet
 
 SIZES = {"train_size": 100, "val_size": 50, "test_size": 50}
-RECIPE = ["width=2", "epochs=1", "batch_size=50"]
+RECIPE = ["network=cnn", "width=2", "epochs=1", "batch_size=50"]
 STEPS = 40  # enough to be killed among them, and quick
 
 
@@ -198,9 +198,9 @@ def test_fresh_does_it_again_and_ends_the_same(tmp_path: Path, monkeypatch: pyte
         crafts.append(self)
         return craft(self, *arguments)
 
-    def counting_evaluate(*arguments: Any, reuse: bool) -> harness.Evaluation:
+    def counting_evaluate(*arguments: Any, reuse: bool, **words: Any) -> harness.Evaluation:
         evaluations.append(reuse)
-        return evaluate(*arguments, reuse=reuse)
+        return evaluate(*arguments, reuse=reuse, **words)
 
     monkeypatch.setattr(attacks.load("mgd"), "craft", counting_craft)
     monkeypatch.setattr(harness, "evaluate", counting_evaluate)

@@ -9,7 +9,7 @@ Claims of `poisonbench.selection` tested here:
 - mislabelled images are left out more often than chance has it;
 - a share outside (0, 1) and a selection smaller than a batch are refused, and nothing is written.
 
-Runs are tiny: 100 digits, a ResNet-9 of width 2, two epochs, two seeds.
+Runs are tiny: 100 digits, a plain network of width 2, two epochs, two seeds.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from poisonbench.selection import Request, Selection
 from poisonbench.statistics import paired_drop
 
 
-def request(keep: float = 0.6, steps: int = 2, width: int = 2, epochs: int = 2) -> Request:
+def request(
+    keep: float = 0.6, steps: int = 2, width: int = 2, epochs: int = 2, network: str = "cnn"
+) -> Request:
     tiny = setting.resolve(
         track=None, dataset=None, data_dir=None,
         sizes={"train_size": 100, "val_size": 60, "test_size": 50}, fraction=None, labels=None,
-        radius=None, overrides=[f"width={width}", f"epochs={epochs}", "batch_size=25"], seeds=2,
+        radius=None, seeds=2,
+        overrides=[f"network={network}", f"width={width}", f"epochs={epochs}", "batch_size=25"],
     )  # fmt: skip
     return Request(tiny, keep, steps, 0, "poisonbench select")
 
@@ -82,7 +85,7 @@ def test_the_judging_half_decides_nothing(
 
 @pytest.mark.slow
 def test_mislabelled_images_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = request(keep=0.7, steps=16, width=4, epochs=8)
+    asked = request(keep=0.7, steps=16, width=4, epochs=8, network="resnet9")
     dataset = load(asked.setting.dataset)
     wrong = np.arange(0, 100, 5)
     labels = dataset.train_labels.copy()

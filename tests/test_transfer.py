@@ -46,7 +46,7 @@ def finished(tmp_path: Path) -> Finished:
     sizes = {"train_size": 100, "val_size": 50, "test_size": 50}
     chosen = setting.resolve(
         track=None, dataset=None, data_dir=None, sizes=sizes, fraction=0.1, labels="free",
-        radius=None, overrides=["width=2", "epochs=1", "batch_size=50"], seeds=2,
+        radius=None, overrides=["network=cnn", "width=2", "epochs=1", "batch_size=50"], seeds=2,
     )  # fmt: skip
     attack = attacks.build("label_flip", [])
     return runs.run(Request(chosen, "label_flip", attack, 0, "poisonbench run"), tmp_path / "runs")
