@@ -54,8 +54,8 @@ def columns(game: Game) -> list[Column]:
         *(_drop(recipe) for recipe in game.recipes),
         Column(
             f"claimed → re-measured, {judge}",
-            "The drop that the entry's author measured, which decides its rank, and the one that a"
-            " maintainer measured on hidden seeds.",
+            "The drop that the entry's author measured, and the one that a maintainer measured on hidden"
+            " seeds, which decides its rank where there is one.",
             lambda row: _remeasured(row, judge),
         ),
         Column(

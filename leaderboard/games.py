@@ -314,15 +314,24 @@ def _with_costs(rows: list[Row]) -> list[Row]:
 
 def _with_ranks(rows: list[Row], recipe: str, rules: int) -> list[Row]:
     """Valid rows in order of rank, then of drop, name and folder."""
-    drops = [row.scores(recipe).drop for row in rows]
-    places = RULES[rules].ranks([row.scores(recipe).drops for row in rows])
+    drops = [_judged(row, recipe) for row in rows]
+    places = RULES[rules].ranks(drops)
+    means = [statistics.fmean(each) for each in drops]
     shared = Counter(places)
     # Rounded, so that the last bit of a machine's floating point does not order two equal drops.
     order = sorted(
         range(len(rows)),
-        key=lambda i: (places[i], -round(drops[i].mean, 6), rows[i].name, rows[i].folder),
+        key=lambda i: (places[i], -round(means[i], 6), rows[i].name, rows[i].folder),
     )
     return [replace(rows[i], rank=places[i], tied=shared[places[i]] > 1) for i in order]
+
+
+def _judged(row: Row, recipe: str) -> list[float]:
+    """The drops that decide a row's rank: a maintainer's, if on as many seeds, before its author's."""
+    claimed = row.scores(recipe).drops
+    victims = row.verification.victims if row.verification else []
+    measured = next((v.drops for v in victims if v.recipe_name == recipe), claimed)
+    return measured if len(measured) == len(claimed) else claimed
 
 
 def by_fraction(games: Iterable[Game]) -> list[list[Game]]:

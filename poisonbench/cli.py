@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from poisonbench import _entering
+from poisonbench import _entering, _publishing
 from poisonbench._options import (
     AttackOption,
     DataDirOption,
@@ -308,69 +308,9 @@ def list_(as_json: JsonOption = False) -> None:
             print(f"  {name:{width}}{summary}")
 
 
-@app.command()
-def publish(
-    folder: Annotated[Path, typer.Argument(help="A finished run, e.g. runs/digits/mgd-….")],
-    results: Annotated[Path, typer.Option(help="Where committed records live.")] = Path("results"),
-) -> None:
-    """Put a finished run under `results/`, where the leaderboard finds it.
-
-    A finished measurement of smoothness goes to `results/smoothness/`.
-    """
-    if (folder / "smoothness.json").exists():
-        from poisonbench.smoothness import experiment
-
-        print(experiment.publish(folder, results))
-        return
-    from poisonbench import runs
-
-    print(runs.publish(folder, results))
-
-
-@app.command()
-def leaderboard(
-    results: Annotated[Path, typer.Option(help="Where the records are.")] = Path("results"),
-    readme: Annotated[
-        Path | None, typer.Option(help="A page whose marked part gets the tables too.")
-    ] = None,
-    site: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the static site. [default: leaderboard/site, for results/]"),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; fail if a table or page is out of date.")
-    ] = False,
-    rules: Annotated[
-        int | None, typer.Option(help="Another version of the rules, for tables in the folder --to.")
-    ] = None,
-    to: Annotated[Path | None, typer.Option(help="A new folder for the tables of --rules.")] = None,
-) -> None:
-    """Make all tables and the site anew from the records: the same records give the same bytes."""
-    import importlib
-
-    if not results.is_dir():
-        raise UserError(f"--results {results} is not a folder: run this in a checkout, or name it")
-    tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
-    if (rules is None) != (to is None):
-        raise UserError("--rules and --to go together: a version, and a new folder for its tables")
-    if rules is not None:
-        print(*tables.of_earlier_rules(results, rules, to), sep="\n")
-        return
-    if readme is None and Path("README.md").is_file() and results == Path("results"):
-        readme = Path("README.md")
-    if site is None and results == Path("results"):
-        site = Path("leaderboard", "site")
-    changed = tables.update(results, readme, check, site)
-    for path in changed:
-        print(path)
-    if check and changed:
-        print(
-            "error: these are not what the records give: run `poisonbench leaderboard`", file=sys.stderr
-        )
-        raise typer.Exit(1)
-
-
-for verb in (verbs.submit, verbs.verify, verbs.dispute):
+for verb in (
+    _publishing.publish, _publishing.leaderboard, verbs.submit, verbs.verify, verbs.dispute,
+):  # fmt: skip
     app.command()(verb)
 
 

@@ -22,7 +22,9 @@ too where its two-sided p is at most 0.05 / (m - r); the first that does not end
 
 A ranks above B where the two part and A costs more. An attack's rank is one more than the number of
 attacks that rank above it, so those that the table cannot tell from the best share rank 1. Ranks never
-come from the best of several seeds.
+come from the best of several seeds. An entry that was measured again on hidden seeds is ranked by those
+drops; they have nothing in common with the others' seeds that would cancel, and Student's statistic of
+differences of independent samples holds in whatever order they are paired.
 
 Rules have versions. A change of the rule is a new version, and earlier ones stay, so that the tables of
 their time can be made again from the records.

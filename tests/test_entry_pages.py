@@ -6,6 +6,7 @@ Claims of `poisonbench.leaderboard.site` and `papers` tested here:
 - the paper is the one that the attack's docstring names, and every such docstring is understood;
 - whatever a record, a dispute or an `entry.json` says is text: no element, no script, no address but
   those of http and https, no command that a shell would read something else into;
+- an entry that was measured again is ranked by that;
 - pages of two entries have two names on every file system.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 from test_leaderboard import make, put
-from test_site import Page, built, dispute, folder_of
+from test_site import Page, body, built, dispute, folder_of, verified
 
 from poisonbench import attacks
 from poisonbench.errors import UserError
@@ -27,6 +28,7 @@ from poisonbench.submission.manifest import Manifest
 papers: Any = importlib.import_module("poisonbench.leaderboard.papers")
 site_module: Any = importlib.import_module("poisonbench.leaderboard.site")
 
+LISTS = ("seeds", "clean", "poisoned", "clean_best", "poisoned_best")
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}\u202e`"
 
 
@@ -65,6 +67,25 @@ def test_an_entry_has_all_that_is_known_of_it(tmp_path: Path) -> None:
     # Seed 4 by hand: clean, poisoned, lost, and the best epochs; on victims of both kinds.
     assert lines.count("490.4080.3010.1090.9080.30") == 2
     assert "steps45" in lines
+
+
+def test_an_entry_is_ranked_by_what_was_measured(tmp_path: Path) -> None:
+    """Of what its author claimed, or of a trial on fewer seeds, only where nothing else is known."""
+    inflated, honest = make("inflated", 9.0), make("honest", 8.0, poison_hash="e" * 64)
+    results = put(tmp_path / "results", inflated, honest)
+
+    def order() -> list[str]:
+        return [row[1].split()[0] for row in body(built(results)["track-digits.html"])]
+
+    assert order() == ["inflated", "honest"]
+    again, kept = verified(inflated, 7.0), folder_of(results, "inflated") / "verification.json"
+    shorter = [
+        v.model_copy(update={name: getattr(v, name)[:5] for name in LISTS}) for v in again.victims
+    ]
+    again.model_copy(update={"victims": shorter}).save(kept)
+    assert order() == ["inflated", "honest"]
+    again.save(kept)
+    assert order() == ["honest", "inflated"]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ Claims of `poisonbench.leaderboard.site` and `columns` tested here:
 - there is a page for each track and for each record, those set aside included; every link and picture
   leads to a file, ids are unique, pictures have alternative text, headers their scope;
 - a table holds one game, shows what its records hold, and is sorted by numbers;
-- claimed and re-measured stand side by side; flagged and disputed entries are marked, with the reason,
-  and keep their rank;
+- claimed and re-measured stand side by side; flagged and disputed entries are marked, with the reason;
 - every page forbids what is remote or inline, and has neither;
 - `check` finds an edited, a missing and a left-over page and writes nothing; a folder that is no site of
   ours is refused, and nothing in it is touched.
@@ -293,13 +292,13 @@ def test_games_are_never_mixed(board: Path) -> None:
     assert "custom (seeds)" not in pages["track-digits.html"]
 
 
-def test_flagged_and_disputed_entries_are_marked_and_keep_their_rank(board: Path) -> None:
+def test_flagged_and_disputed_entries_are_marked_and_stay(board: Path) -> None:
     pages = built(board)
     text = pages["track-digits.html"]
     row = dict(zip(headings(text), body(text)[1], strict=True))
     assert (row["rank"], row["attack"]) == ("2", "inflated flagged disputed")
     assert row["claimed → re-measured, smooth"] == "9.00 ± 0.08 → 7.00 ± 0.08"
-    # Two samples of 0.1·√(10/9) over ten: t(18) at 99 % is 2.878, so ± 2.878·0.1054·√(2/10) = 0.14.
+    # One of 600 images, 0.167, is more than the spread: ± t(9) = 3.250 · 0.167 · √(2/10) = 0.24.
     flag = "victims lost 2.00 points less when measured again (99 % interval 1.76 to 2.24)"
     assert row["standing"].count(flag) == 2
     assert "disputed: fails on other splits" in row["standing"]
@@ -310,12 +309,10 @@ def test_flagged_and_disputed_entries_are_marked_and_keep_their_rank(board: Path
 
 
 def test_the_rules_are_written_once(board: Path) -> None:
-    text = Page(built(board)["about.html"]).text
-    assert RULES[CURRENT].statement in text
-    assert (
-        RULES[CURRENT].statement[:60]
-        not in (Path(site_module.__file__).parent / "templates/site/about.html.j2").read_text()
-    )
+    rule = RULES[CURRENT].statement
+    assert rule in Page(built(board)["about.html"]).text
+    template = Path(site_module.__file__).parent / "templates" / "site" / "about.html.j2"
+    assert rule[:60] not in template.read_text("utf-8")
 
 
 def test_every_column_is_explained(board: Path) -> None:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
@@ -396,6 +397,4 @@ def summary(name: str) -> str:
 
 
 def _own(key: PRNGKeyArray, i: int) -> PRNGKeyArray:
-    import jax
-
     return jax.random.fold_in(key, i)
