@@ -58,7 +58,7 @@ def test_an_entry_has_all_that_is_known_of_it(tmp_path: Path) -> None:
     )  # fmt: skip
     said.save(folder / "entry.json")
     text = Page(built(board)[page]).text
-    for known in ("Own, by Ada & Bo.", "Climbs.", "https://example.org/p", "https://example.org/c"):
+    for known in ("Own, by Ada & Bo", "Climbs.", "https://example.org/p", "https://example.org/c"):
         assert known in text
     assert "@misc{own}" in text
     assert "Engstrom and others" not in text
