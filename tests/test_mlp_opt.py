@@ -83,7 +83,11 @@ def test_decays_are_learnt_and_stay_decays() -> None:
 
 
 def problem(dtype: Any) -> tuple[Any, ...]:
-    weights = jax.tree.map(lambda x: x.astype(dtype), FAMILY.init(jax.random.key(3)))
+    weights = FAMILY.init(jax.random.key(3))
+    # Without biases a parameter whose units are all off leaves the next layer just at its kink.
+    for i, layer in enumerate(weights["mlp"].values()):
+        layer["b"] = 0.1 * jax.random.normal(jax.random.key(i), layer["b"].shape)
+    weights = jax.tree.map(lambda x: x.astype(dtype), weights)
     x = jax.random.normal(jax.random.key(4), (8, 3), dtype).at[:, 1].set(0)
     params = {"scale": jnp.full(3, 0.5, dtype), "w": jnp.ones((3, 1), dtype)}
 
