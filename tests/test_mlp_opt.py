@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from gradcheck import assert_gradient, assert_refuted
+from gradcheck import assert_differences_agree
 
 from poisonbench.errors import UserError
 from poisonbench.metagradient import metagradient
@@ -109,8 +109,12 @@ def test_metagradients_by_the_weights_are_the_derivative(x64: None) -> None:
         return objective(jax.lax.fori_loop(0, 8, lambda t, s: step(s, t, w), state))
 
     _, gradient = metagradient(step, objective, state, 8, weights)
-    assert_gradient(trained, weights, gradient, tolerance=1e-4)
-    assert_refuted(trained, weights, jax.tree.map(lambda g: 1.05 * g, gradient))
+    # Central differences alone: Taylor's longer steps cross kinks of the network.
+    assert_differences_agree(trained, weights, gradient, tolerance=1e-4)
+    with pytest.raises(AssertionError, match="central differences"):
+        assert_differences_agree(
+            trained, weights, jax.tree.map(lambda g: 1.05 * g, gradient), tolerance=1e-4
+        )
 
 
 def test_metagradients_are_finite_where_a_gradient_is_always_zero() -> None:
