@@ -50,8 +50,8 @@ class Track:
     def transfer(self) -> Mapping[str, Recipe]:
         """Victims that tell how far a poison carries, by name; see `poisonbench.transfer`.
 
-        ResNet-9s twice and half as wide as the smooth one, the standard one trained by AdamW, and
-        a plain convolutional network.
+        ResNet-9s twice and half as wide as the smooth one, the standard one trained by AdamW and by
+        two learned optimizers, and a plain convolutional network.
         """
         smooth, standard = self.recipes["smooth"], self.recipes["standard"]
         return {
@@ -62,6 +62,8 @@ class Track:
                 weight_decay=0.0,
             ),
             "cnn": standard.replace(network="cnn"),
+            "velo": standard.replace(optimizer="velo", optimizer_options=(), weight_decay=0.0),
+            "mlp_opt": standard.replace(optimizer="mlp_opt", optimizer_options=(), weight_decay=0.0),
         }  # fmt: skip
 
 

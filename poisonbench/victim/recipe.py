@@ -44,7 +44,9 @@ class Recipe:
         epochs: passes over the training set.
         batch_size: images in a step; what is left of an epoch after the last full batch is
             dropped, and each epoch has an order of its own.
-        optimizer: name of any optimizer in `optax` that takes a learning rate.
+        optimizer: name of any optimizer in `optax` that takes a learning rate; or `velo` or `mlp_opt`,
+            with the weights that come with this package (see `poisonbench.optimizers`), which have
+            neither options nor use for a learning rate.
         optimizer_options: its keyword arguments. Adam needs `eps_root > 0` under a
             metagradient: the root of its second moment has no derivative at zero.
         learning_rate: the peak.
