@@ -165,7 +165,7 @@ def transfer(
     fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Retrain other victims on a run's poison: wider, narrower, by AdamW, and a plain network.
+    """Retrain other victims on a run's poison: wider, narrower, a plain network, other optimizers.
 
     Writes `transfer.json` beside the record; the leaderboard shows what it says.
     """
@@ -218,7 +218,9 @@ def select(
 def smoothness(
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="Recipe of the track to measure. Repeatable. [default: all of them]"),
+        typer.Option(
+            help="Recipe of the track or of its transfer victims. Repeatable. [default: the track's own]"
+        ),
     ] = None,
     grid: Annotated[
         bool, typer.Option("--grid", help="Also survey one change at a time from the smooth recipe.")
