@@ -79,7 +79,7 @@ def test_scores_lie_beside_the_record(
     assert (target / transfer.FILE).is_file()
     page = tables.build(tmp_path / "results")[Path("README.md")]
     (header,) = [line for line in page.splitlines() if line.startswith("| attack | wide")]
-    assert header == "| attack | wide | narrow | adamw | cnn | velo | mlp_opt |"
+    assert header == "| attack | wide | narrow | adamw | cnn | velo | mlp\\_opt |"
     assert str(measured.victims[3].drop) in page
 
 
