@@ -125,7 +125,7 @@ def _largest(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def main(
-    file: Annotated[Path, typer.Argument(help="Vectors, as tests/vectors/velo_small.npz.")],
+    file: Annotated[Path, typer.Argument(help="As tests/vectors/velo_small.npz.")],
 ) -> None:
     """Print how far our VeLO is from the reference on stored vectors."""
     table = Table("quantity", "largest difference", "tolerance", "", title=str(file))

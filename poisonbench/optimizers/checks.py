@@ -26,7 +26,7 @@ def require_num_steps(num_steps: object) -> None:
         return
     if isinstance(num_steps, Mapping):
         raise UserError("num_steps comes first, then the weights")
-    if num_steps is None or isinstance(num_steps, bool) or not jnp.isscalar(jnp.asarray(num_steps)[()]):
+    if num_steps is None or isinstance(num_steps, bool) or jnp.ndim(num_steps):  # type: ignore[arg-type]
         raise UserError("a learned optimizer needs num_steps, the length of the whole training")
     if not num_steps >= 1:  # type: ignore[operator]
         raise UserError(f"num_steps must be at least 1, not {num_steps}")
@@ -41,7 +41,8 @@ def tensors(tree: PyTree, what: str, like: Tensors | None = None) -> Tensors:
         like: the parameters that gradients belong to.
 
     Raises:
-        UserError: they were left out, there are none, they are not float32 (or all float64), or they are not `like`.
+        UserError: they were left out, there are none, they are not all float32 (or all float64), or
+            not shaped as `like`.
     """
     if tree is None:
         raise UserError(f"the {what} are missing: call update(gradients, state, params, value=loss)")

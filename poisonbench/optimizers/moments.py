@@ -84,6 +84,7 @@ def update(moments: Moments, gradient: Float[Array, "..."], decays: Decays) -> M
     """The averages after one more gradient."""
 
     def average(old: Array, new: Array, decay: Array) -> Array:
+        decay = decay.reshape((1,) * new.ndim + (-1,))
         return decay * old + (1 - decay) * new[..., None]
 
     square = gradient**2

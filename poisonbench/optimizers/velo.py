@@ -314,7 +314,7 @@ def _tensor_input(
     axes = tuple(range(tensor.ndim))
     size = jax.lax.rsqrt(jnp.maximum(1e-9, jnp.mean(tensor**2)))
     m, v = size * old.m, size * old.v
-    mean = m.mean(axes)
+    mean = m.mean(axes, keepdims=True)
     rank = sum(n > 1 for n in tensor.shape)
     return jnp.concatenate([
         progress,

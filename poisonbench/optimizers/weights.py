@@ -36,6 +36,13 @@ from poisonbench.optimizers.velo import VeLO
 FORMAT = 1
 LARGEST = 1 << 30
 """Bytes; released weights have 9 million."""
+DEFAULTS = {
+    "lstm_hidden_size": "128",
+    "param_inits": "64",
+    "use_bugged_loss_features": "True",
+    "use_bugged_next_lstm_state": "False",
+}
+"""Of the authors' library, where a configuration is silent."""
 SEPARATOR = ":"
 """Between the keys of nested dictionaries, which themselves hold slashes."""
 
@@ -81,10 +88,9 @@ def load_weights(path: str | Path) -> tuple[LearnedOptimizer, Weights]:
             a variant of VeLO that is not here.
     """
     if str(path).startswith("gs:"):
-        where = str(path).rstrip("/").removesuffix("/params")
+        where = plain(str(path).rstrip("/").removesuffix("/params"))
         raise UserError(
-            f"{plain(str(path))} lies in a bucket: fetch it with gsutil cp '{plain(where)}/*' FOLDER, and"
-            " name FOLDER/params"
+            f"{where} lies in a bucket: fetch it with gsutil cp '{where}/*' FOLDER, and name FOLDER"
         )
     file = Path(path).expanduser()
     if file.is_dir():
@@ -94,7 +100,8 @@ def load_weights(path: str | Path) -> tuple[LearnedOptimizer, Weights]:
             raise UserError(
                 f"{file} has more than {LARGEST >> 30} GiB: these are no optimizer's weights"
             )
-        head = file.open("rb").read(9)
+        with file.open("rb") as opened:
+            head = opened.read(9)
     except OSError as error:
         raise UserError(f"cannot read weights from {file}: {error.strerror or error}") from None
     # A safetensors file starts with the length of its header, eight bytes, and then the header.
@@ -137,12 +144,12 @@ def _load_released(path: Path) -> tuple[LearnedOptimizer, Weights]:
         content = msgpack_restore(path.read_bytes())
     except Exception as error:
         raise UserError(
-            f"{path} is neither a safetensors file nor Flax msgpack: {plain(str(error)) or 'it is spoilt'}"
+            f"{path} is neither safetensors nor Flax msgpack: {plain(str(error)) or 'it is spoilt'}"
         ) from None
     if isinstance(content, Mapping) and set(content) == {"0", "1", "2"}:
         raise UserError(
-            f"{path} is a checkpoint of an older VeLO, whose LSTM and loss features were others: take one"
-            " that has a config.gin"
+            f"{path} is of an older VeLO, with another LSTM and other loss features: take one with a"
+            " config.gin beside it"
         )
     if isinstance(content, Mapping) and "gen_id" in content:
         content = content.get("params")
@@ -160,8 +167,9 @@ def _require_config(path: Path, optimizer: VeLO) -> None:
         UserError: the weights were trained with another.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
-    found = dict(re.findall(r"^\s*HyperV2\.(\w+)\s*=\s*(\S+)\s*$", text, flags=re.MULTILINE))
-    if not found:
+    # A scope may stand before the name: scope/HyperV2.lstm_hidden_size = 512.
+    set_there = re.findall(r"^\s*(?:\S+/)?HyperV2\.(\w+)\s*=\s*(\S+)\s*$", text, flags=re.MULTILINE)
+    if not set_there:
         raise UserError(f"{path} sets nothing of HyperV2: it belongs to another optimizer's weights")
     here = {
         "lstm_hidden_size": str(optimizer.hidden),
@@ -169,8 +177,9 @@ def _require_config(path: Path, optimizer: VeLO) -> None:
         "use_bugged_loss_features": "False",
         "use_bugged_next_lstm_state": "False",
     }
+    found = DEFAULTS | dict(set_there)
     for name, value in here.items():
-        if found.get(name, value) != value:
+        if found[name] != value:
             raise UserError(f"{path} has {name} = {plain(found[name])}, and here it is {value}")
 
 
