@@ -16,6 +16,7 @@ Claims of `poisonbench.velodrome` and of the verb `optimizers` tested here:
 - a call leaves a record for each task and optimizer, tables and pictures; the same call again trains
   nothing, killed in between it goes on and ends with the same bytes; tables made from the records alone
   have the same bytes; `--json` prints JSON and nothing else;
+- `publish` copies records and makes the tables anew, and overwrites no other record;
 - records of other trainings, spoilt or misplaced ones are refused, and stay; invalid ones are left out;
 - bad input is one line and exit code 2, with nothing written.
 """
@@ -334,6 +335,20 @@ def test_records_of_other_trainings_are_refused(finished: Path, untrained: None)
         with pytest.raises(UserError, match="of other trainings"):
             experiment.run(request(protocol=protocol), finished)
     assert derived(finished) == before
+
+
+def test_records_are_published_once(finished: Path, command: Run, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path / "runs" / "optimizers")
+    for _ in range(2):
+        code, out, _ = command("publish", str(folder))
+        assert (code, out) == (0, "results/optimizers\n")
+        assert derived(tmp_path / "results" / "optimizers") == derived(finished)
+    kept = place(folder, "linear-teacher", "sgdm")
+    content = json.loads(kept.read_text("utf-8"))
+    kept.write_text(json.dumps(content | {"seconds": 1.5}), "utf-8")
+    assert "is there already" in refused(command, "publish", str(folder))
+    (tmp_path / "empty" / "optimizers").mkdir(parents=True)
+    assert "holds no records" in refused(command, "publish", str(tmp_path / "empty" / "optimizers"))
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from poisonbench.velodrome.contenders import ADAM, BASELINES, Contender, baselin
 from poisonbench.velodrome.records import OptimizerRecord, find, place, stored
 from poisonbench.velodrome.training import POINTS, Protocol, train
 
+FOLDER = "optimizers"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -130,6 +132,26 @@ def derive(out: Path) -> list[scores.Score]:
     tables.write(judged, out)
     pictures.write(judged, out)
     return judged
+
+
+def publish(folder: Path, results: Path) -> Path:
+    """Copy the records of a folder to `<results>/optimizers/`, and make the tables there anew.
+
+    Raises:
+        UserError: there is none, one is spoilt, or another one is there under its name.
+    """
+    target, found = results / FOLDER, find(folder)
+    if not found:
+        raise UserError(f"{folder} holds no records of optimizers")
+    for record in found:
+        path = place(target, record.task, record.optimizer)
+        if path.exists() and OptimizerRecord.load(path) != record:
+            raise UserError(f"{path} is there already, and records are never overwritten")
+    require_writable(target)
+    for record in found:
+        record.save(place(target, record.task, record.optimizer))
+    derive(target)
+    return target
 
 
 def _data(name: str, task: InnerTask, data_dir: str | None) -> TaskData:

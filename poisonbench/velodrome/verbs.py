@@ -37,7 +37,7 @@ def optimizers(
     ] = False,
     data_dir: DataDirOption = None,
     out: Annotated[Path, typer.Option(help="Folder of the records and tables.")] = Path(
-        "results", "optimizers"
+        "runs", "optimizers"
     ),
     table: Annotated[
         bool, typer.Option("--table", help="Measure nothing: tables and pictures of what is there.")
