@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from poisonbench._files import replacing
 from poisonbench.velodrome import tables
@@ -53,6 +54,8 @@ def _curves(scores: Sequence[Score], style: dict[str, tuple[str, str]]) -> Figur
             )
         one.set_title(task, fontsize=9)
         one.set_yscale("log")
+        one.yaxis.set_major_formatter(LogFormatter())
+        one.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         one.tick_params(labelsize=7, which="both")
         one.spines[["top", "right"]].set_visible(False)
     for one in axes.flat[len(names) :]:
