@@ -144,8 +144,8 @@ class Subspace(Augmented):
     """Training along few random directions from one initialisation.
 
     Attributes:
-        directions: how many; each has the length that a random unit step of every parameter divided by
-            their number's root would have, so that all coordinates at 1 move parameters by about 1 each.
+        directions: how many; their entries are normal with variance 1 / directions, so that coordinates
+            of 1 move every parameter by about 1.
         seed: of the initialisation and the directions.
     """
 

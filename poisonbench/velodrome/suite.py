@@ -1,7 +1,8 @@
 """The held-out tasks. They are frozen: scores of one version of this file are comparable.
 
-None can be drawn in meta-training: the networks are wider or deeper, the batch is larger, the synthetic
-data have other seeds, or the images are CIFAR-10, in grey or colour, at 8 or 16 pixels.
+None can be drawn in meta-training, as long as that keeps to the data that need no download: the
+networks are wider or deeper, the batch is larger, the synthetic data have other seeds, or the images are
+CIFAR-10, in grey or colour, at 8 or 16 pixels.
 """
 
 from __future__ import annotations
