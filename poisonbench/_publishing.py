@@ -17,8 +17,14 @@ def publish(
 ) -> None:
     """Put a finished run under `results/`, where the leaderboard finds it.
 
-    A finished measurement of smoothness goes to `results/smoothness/`.
+    A finished measurement of smoothness goes to `results/smoothness/`, the records of optimizers to
+    `results/optimizers/`.
     """
+    if folder.name == "optimizers":
+        from poisonbench.velodrome import experiment as velodrome
+
+        print(velodrome.publish(folder, results))
+        return
     if (folder / "smoothness.json").exists():
         from poisonbench.smoothness import experiment
 

@@ -43,6 +43,7 @@ from poisonbench._options import command as _command
 from poisonbench.errors import UserError, plain
 from poisonbench.smoothness.probe import Images, Probe
 from poisonbench.submission import verbs
+from poisonbench.velodrome.verbs import optimizers
 
 app = typer.Typer(
     name="poisonbench",
@@ -311,7 +312,7 @@ def list_(as_json: JsonOption = False) -> None:
 
 
 for verb in (
-    _publishing.publish, _publishing.leaderboard, verbs.submit, verbs.verify, verbs.dispute,
+    _publishing.publish, _publishing.leaderboard, verbs.submit, verbs.verify, verbs.dispute, optimizers,
 ):  # fmt: skip
     app.command()(verb)
 
