@@ -41,7 +41,7 @@ class Cell:
         record: of the defended victims.
         folder: where it lies, relative to the results.
         attack: the attack, as its undefended row is called.
-        defense: with its options, where two records of a defence differ in them.
+        defense: with its options, where two records of a defence differ in them, in whatever table.
         poisoned: accuracy of defended victims on the poisoned set, in percent.
         price: accuracy that the defence costs clean victims, in points.
         lost: what the attack takes of undefended victims, in points, seed by seed.
@@ -159,27 +159,32 @@ class Siege:
         return [d for d in self.defenses if any(c.clean_lost is not None for c in self.of(d))]
 
     def certified(self, defense: str) -> str | None:
-        """What a certified defence promises, what each attack left of it, and how often one broke it."""
-        cells = [cell for cell in self.of(defense) if cell.certificate is not None]
-        kept = [cell.certificate for cell in cells if cell.certificate is not None]
+        """What a certified defence promises, where attacks are beyond it, and how often one broke it."""
+        kept = [c.certificate for c in self.of(defense) if c.certificate is not None]
         if not kept:
             return None
         curve = kept[0].curve
         steps = sorted({0, *(round(x) for x in np.linspace(0, len(curve) - 1, 5))})
         promised = ", ".join(f"{curve[r]:.1f} % against {r}" for r in steps)
-        tried = "; ".join(
-            f"{cell.attack}, {given.changes} changes: {promise(given):.1f} % promised,"
-            f" {cell.poisoned.mean:.1f} % left"
-            for cell, given in zip(cells, kept, strict=True)
-            if given.changes and promise(given) > 0
-        )
         beyond = " and ".join(map(str, sorted({c.changes for c in kept if not promise(c)})))
         return (
             f"accuracy certified to stay, whatever images are added or removed: {promised}."
-            f"{f' Tried by {tried}.' if tried else ''}"
             f"{f' Against poisons of {beyond} changes it promises nothing.' if beyond else ''}"
             f" Promises broken: {sum(c.violations for c in kept)}"
         )
+
+    def tried(self, defense: str) -> list[tuple[str, str]]:
+        """The attacks that try a certificate, each with what was promised and what was left."""
+        cells = [(cell, cell.certificate) for cell in self.of(defense)]
+        return [
+            (
+                cell.attack,
+                f"{given.changes} changes: {promise(given):.1f} % promised,"
+                f" {cell.poisoned.mean:.1f} % left",
+            )
+            for cell, given in cells
+            if given is not None and given.changes and promise(given) > 0
+        ]
 
 
 def promise(certificate: Certificate) -> float:
@@ -236,7 +241,7 @@ def sieges(results: Path, games: Sequence[Game], found: Found | None = None) -> 
         rows = {row.record.poison_hash: row for row in game.ranked}
         several = [(folder, r) for folder, r in defended if _belongs(r, rows.get(r.poison_hash))]
         if several:
-            several_of.append(_siege(game, rows, several, results, known))
+            several_of.append(_siege(game, rows, several, results, known, defended))
     return several_of
 
 
@@ -262,6 +267,7 @@ def _siege(
     several: list[tuple[Path, Record]],
     results: Path,
     known: Sequence[Costs],
+    everywhere: Sequence[tuple[Path, Record]],
 ) -> Siege:
     judge = game.recipes[0]
     shared = Counter(row.name for row in game.ranked)
@@ -273,7 +279,7 @@ def _siege(
         row = rows[record.poison_hash]
         defense = telling_name(
             record.defense, record.defense_config,
-            [r.defense_config for _, r in several if r.defense == record.defense],
+            [r.defense_config for _, r in everywhere if r.defense == record.defense],
         )  # fmt: skip
         scores = record.victim(judge)
         if scores is None:
