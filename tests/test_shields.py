@@ -275,7 +275,7 @@ def test_no_attack_on_record_breaks_a_certificate() -> None:
             if (given := victim.certificate) is None:
                 continue
             assert given.violations == 0
-            assert victim.poisoned_accuracy.mean >= shields.promise(given)
+            assert victim.poisoned_accuracy.mean >= shields.promise(given) - 1e-5  # as rounded
             if given.changes and shields.promise(given) >= 50:
                 tried.append(record.attack)
     assert {"label_flip", "mgd"} <= set(tried)
