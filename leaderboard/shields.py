@@ -127,7 +127,7 @@ class Siege:
         found = self.costs.get(defense)
         if found is None:
             return "–"
-        return f"{found[1].trainings:.2f} ({found[0].counted(found[1]):.2f})"
+        return f"{found[1].trainings:.1f} ({found[0].counted(found[1]):.2f})"
 
     def of(self, defense: str) -> list[Cell]:
         """The cells of one defence, in order of attacks."""

@@ -205,12 +205,12 @@ def test_the_cost_is_that_of_the_same_defence(tmp_path: Path) -> None:
     measured().save(tmp_path / "costs" / "digits.json")
     (siege,) = found(tmp_path)
     assert (siege.trainings("spectral"), siege.trainings("mixup")) == (3.0, None)
-    assert (siege.cost("spectral"), siege.cost("mixup")) == ("3.00 (2.50)", "–")
+    assert (siege.cost("spectral"), siege.cost("mixup")) == ("3.0 (2.50)", "–")
     stale = {path.name for path in tables.update(tmp_path, check=True)}
     assert "README.md" in stale
     assert any(name.endswith("-defences.csv") for name in stale)
     tables.update(tmp_path)
-    assert "| spectral | 1.00 ± 0.00 | 3.00 (2.50) |" in (tmp_path / "README.md").read_text()
+    assert "| spectral | 1.00 ± 0.00 | 3.0 (2.50) |" in (tmp_path / "README.md").read_text()
     (name,) = (tmp_path / "tables").glob("*-defences.csv")
     row = pd.read_csv(name).set_index("defense").loc["spectral"]
     assert row[["cost_trainings", "cost_least", "cost_most", "cost_by_count"]].tolist() == [
