@@ -37,6 +37,7 @@ training; and `check_seeds` victim trainings at every check.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,18 +220,10 @@ def _round(
     value, uphill = jax.value_and_grad(game.climbed)(weights, some(held_out_key, len(game.truth)))
     slope = jax.grad(game.loss, argnums=1)
     poison = game.poison(theta)
-
-    def damped_hessian(v: PyTree) -> PyTree:
-        # By two reverse passes: the victim's convolutions have no forward mode.
-        product = jax.grad(lambda w: _inner(slope(poison, w, rows), v))(weights)
-        return jax.tree.map(lambda h, x: h + attack.damping * x, product, v)
-
-    solved, _ = jax.scipy.sparse.linalg.cg(damped_hessian, uphill, maxiter=attack.iterations)
-
-    def against(theta: PyTree) -> Array:
-        return -_inner(jax.grad(game.poisoned_loss, argnums=1)(theta, weights), solved)
-
-    ascent = jax.grad(against)(theta)
+    ascent = total_derivative(
+        lambda w: slope(poison, w, rows), game.poisoned_loss, theta, weights, uphill,
+        attack.iterations, attack.damping,
+    )  # fmt: skip
     updates, optimizer = optax.adam(attack.leader_rate).update(
         jax.tree.map(jnp.negative, ascent), optimizer
     )
@@ -244,6 +237,44 @@ def _round(
 
     weights = jax.lax.fori_loop(0, attack.follower_steps, descend, weights)
     return (theta, optimizer, weights), value
+
+
+def total_derivative(
+    slope: Callable[[PyTree], PyTree],
+    led: Callable[[PyTree, PyTree], Float[Array, ""]],
+    theta: PyTree,
+    weights: PyTree,
+    uphill: PyTree,
+    iterations: int | Int[Array, ""],
+    damping: float,
+) -> PyTree:
+    """How F changes with θ where the follower answers: -∂²_{θw} f (∂²_{ww} f + damping I)⁻¹ ∂_w F.
+
+    It is exact where the weights are a minimum of f, plus half the damping times their squares, and the
+    conjugate gradients have come to their end: after as many iterations as there are weights, or at a
+    residual of a hundred-thousandth.
+
+    Args:
+        slope: ∂_w f by the weights, at this θ.
+        led: the part of f that θ has a hand in, by θ and the weights.
+        theta: the leader's parameters.
+        weights: the follower's.
+        uphill: ∂_w F, of their structure.
+        iterations: of conjugate gradients, at most.
+        damping: multiple of the identity that is added to the Hessian.
+    """
+
+    def damped_hessian(v: PyTree) -> PyTree:
+        # By two reverse passes: the victim's convolutions have no forward mode.
+        product = jax.grad(lambda w: _inner(slope(w), v))(weights)
+        return jax.tree.map(lambda h, x: h + damping * x, product, v)
+
+    solved, _ = jax.scipy.sparse.linalg.cg(damped_hessian, uphill, maxiter=iterations)
+
+    def against(theta: PyTree) -> Array:
+        return -_inner(jax.grad(led, argnums=1)(theta, weights), solved)
+
+    return jax.grad(against)(theta)
 
 
 def _inner(a: PyTree, b: PyTree) -> Float[Array, ""]:

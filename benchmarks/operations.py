@@ -74,16 +74,25 @@ def _forward(problem: Problem) -> int:
 
 def multiply_adds(function: Callable[..., PyTree], *arguments: PyTree) -> int:
     """Multiply-adds of the matrix products and convolutions that a function's results depend on."""
-    closed: Any = jax.make_jaxpr(function)(*arguments)
-    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return _in_program(live)
+    return in_program(jax.make_jaxpr(function)(*arguments))
 
 
-def _in_program(jaxpr: Any) -> int:
-    return sum(_in_equation(equation) for equation in jaxpr.eqns)
+def in_program(closed: Any, turns: int | None = None) -> int:
+    """The same of a traced program, whose while loops, if it has any, make so many turns each.
+
+    Raises:
+        ValueError: there are products in a while loop, and nobody says how often it turns.
+    """
+    return _in_program(closed.jaxpr, turns)
 
 
-def _in_equation(equation: Any) -> int:
+def _in_program(jaxpr: Any, turns: int | None) -> int:
+    # At each level anew: what is dead in the body of a while loop is not seen from outside of it.
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return sum(_in_equation(equation, turns) for equation in live.eqns)
+
+
+def _in_equation(equation: Any, turns: int | None) -> int:
     name, parameters = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = parameters["dimension_numbers"]
@@ -97,9 +106,11 @@ def _in_equation(equation: Any) -> int:
     inner = [
         getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(parameters.values()), is_leaf=_is_program)
     ]
-    found = sum(_in_program(x) for x in inner if hasattr(x, "eqns"))
+    found = sum(_in_program(x, turns) for x in inner if hasattr(x, "eqns"))
     if name == "while" and found:
-        raise ValueError("a step with products in a while loop cannot be counted")
+        if turns is None:
+            raise ValueError("a step with products in a while loop cannot be counted")
+        return found * turns
     return found * int(parameters["length"]) if name == "scan" else found
 
 

@@ -18,7 +18,8 @@ repeating its own images in order of hash, so that a few programs train them all
 anything else of it depends on another part, which is all that the certificate asks for. Labels are part
 of the hash, or a flip would change one part where it may change two.
 
-Cost: one to two victim trainings in images, in k small ones.
+Cost: 1.6 victim trainings on `digits`, and 2.7 with k of 30: one to two in images, in k small ones,
+which are slower.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ here it is found for a victim of a whole run, and another one then trains from s
 Adam. At each of its steps the noise is cut to what leaves pixels in their range, so that what was found
 is what is trained on.
 
-Cost: one victim training, and `steps` forward and backward passes over the set.
+Cost: 3.8 victim trainings on `digits`: its own, the one that minds, and `steps` forward and backward
+passes over the set.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ the sake of cost, has 80 % on one seed of 500 digits; with 10 metasteps of up to
 - A running mean of the metagradients was tried, and was no better (two seeds).
 - *The step* falls linearly to a tenth; a weight below a twentieth at the end is zero.
 
-Cost: `steps` metagradients, of three to four victim trainings each.
+Cost: 39.6 victim trainings on `digits`: its own, and `steps` metagradients of three to four each.
 """
 
 from __future__ import annotations

@@ -74,6 +74,8 @@ def pictures(games: list[Game], results: Path, several: Sequence[Siege] = ()) ->
         if game.frozen and (numbers := _costs(game, results)):
             found[of_game(game)] = Picture(numbers, _draw_costs)
     for siege in several:
+        if len(siege.defenses) == 1:
+            continue  # there is nothing to compare
         found[of_siege(siege)] = Picture(_siege(siege), _draw_siege)
     for slug, numbers in _fractions(games).items():
         found[Path(FOLDER, f"{slug}.png")] = Picture(numbers, _draw_fractions)

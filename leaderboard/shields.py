@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from poisonbench import records
+from poisonbench import costs, records
+from poisonbench.costs import Costs, DefenseCost
 from poisonbench.records import Certificate, Record, VictimScores
 from poisonbench.statistics import Interval, mean_interval, paired_drop, ratio_interval
 from poisonbench.tracks import TRACKS
@@ -40,7 +41,7 @@ class Cell:
         record: of the defended victims.
         folder: where it lies, relative to the results.
         attack: the attack, as its undefended row is called.
-        defense: with its options, where two records of a defence differ in them.
+        defense: with its options, where two records of a defence differ in them, in whatever table.
         poisoned: accuracy of defended victims on the poisoned set, in percent.
         price: accuracy that the defence costs clean victims, in points.
         lost: what the attack takes of undefended victims, in points, seed by seed.
@@ -89,6 +90,7 @@ class Siege:
         attacks: names of its rows, in their order, that some defence stood against.
         defenses: in order: controls, then by name.
         cells: by attack and defence.
+        costs: by defence, with the file that says so; without those that were not measured.
     """
 
     game: Game
@@ -96,6 +98,7 @@ class Siege:
     attacks: list[str]
     defenses: list[str]
     cells: dict[tuple[str, str], Cell]
+    costs: dict[str, tuple[Costs, DefenseCost]]
 
     @property
     def pairs(self) -> str:
@@ -113,6 +116,18 @@ class Siege:
     def price(self, defense: str) -> Interval:
         """Its price, which is the same whatever the attack: clean victims never meet one."""
         return self.of(defense)[0].price
+
+    def trainings(self, defense: str) -> float | None:
+        """What a victim under it costs, in trainings of one without; None where it was not measured."""
+        found = self.costs.get(defense)
+        return None if found is None else found[1].trainings
+
+    def cost(self, defense: str) -> str:
+        """The same, with what counting its multiply-adds gives."""
+        found = self.costs.get(defense)
+        if found is None:
+            return "–"
+        return f"{found[1].trainings:.1f} ({found[0].counted(found[1]):.2f})"
 
     def of(self, defense: str) -> list[Cell]:
         """The cells of one defence, in order of attacks."""
@@ -144,19 +159,38 @@ class Siege:
         return [d for d in self.defenses if any(c.clean_lost is not None for c in self.of(d))]
 
     def certified(self, defense: str) -> str | None:
-        """What a certified defence promises, and how often an attack on record broke it."""
+        """What a certified defence promises, where attacks are beyond it, and how often one broke it."""
         kept = [c.certificate for c in self.of(defense) if c.certificate is not None]
         if not kept:
             return None
         curve = kept[0].curve
         steps = sorted({0, *(round(x) for x in np.linspace(0, len(curve) - 1, 5))})
         promised = ", ".join(f"{curve[r]:.1f} % against {r}" for r in steps)
-        tried = " and ".join(map(str, sorted({c.changes for c in kept})))
-        violations = sum(c.violations for c in kept)
+        beyond = " and ".join(map(str, sorted({c.changes for c in kept if not promise(c)})))
         return (
-            f"accuracy certified to stay, whatever images are added or removed: {promised}. Attacks on"
-            f" record make {tried} such changes; promises broken: {violations}"
+            f"accuracy certified to stay, whatever images are added or removed: {promised}."
+            f"{f' Against poisons of {beyond} changes it promises nothing.' if beyond else ''}"
+            f" Promises broken: {sum(c.violations for c in kept)}"
         )
+
+    def tried(self, defense: str) -> list[tuple[str, str]]:
+        """The attacks that try a certificate, each with what was promised and what was left."""
+        cells = [(cell, cell.certificate) for cell in self.of(defense)]
+        return [
+            (
+                cell.attack,
+                f"{given.changes} changes: {promise(given):.1f} % promised,"
+                f" {cell.poisoned.mean:.1f} % left",
+            )
+            for cell, given in cells
+            if given is not None and given.changes and promise(given) > 0
+        ]
+
+
+def promise(certificate: Certificate) -> float:
+    """Accuracy certified to stay under as many changes as the poison makes, in percent."""
+    curve, changes = certificate.curve, certificate.changes
+    return curve[changes] if changes < len(curve) else 0.0
 
 
 def share(interval: Interval | None) -> str:
@@ -199,6 +233,7 @@ def sieges(results: Path, games: Sequence[Game], found: Found | None = None) -> 
         for path, record in (records.find(results) if found is None else found)
         if record.defense != "none" and record.status == "valid"
     ]
+    known = costs.read(results)
     several_of: list[Siege] = []
     for game in games:
         if not game.frozen:
@@ -206,7 +241,7 @@ def sieges(results: Path, games: Sequence[Game], found: Found | None = None) -> 
         rows = {row.record.poison_hash: row for row in game.ranked}
         several = [(folder, r) for folder, r in defended if _belongs(r, rows.get(r.poison_hash))]
         if several:
-            several_of.append(_siege(game, rows, several, results))
+            several_of.append(_siege(game, rows, several, results, known, defended))
     return several_of
 
 
@@ -226,7 +261,14 @@ def _belongs(record: Record, row: Row | None) -> bool:
     )
 
 
-def _siege(game: Game, rows: dict[str, Row], several: list[tuple[Path, Record]], results: Path) -> Siege:
+def _siege(
+    game: Game,
+    rows: dict[str, Row],
+    several: list[tuple[Path, Record]],
+    results: Path,
+    known: Sequence[Costs],
+    everywhere: Sequence[tuple[Path, Record]],
+) -> Siege:
     judge = game.recipes[0]
     shared = Counter(row.name for row in game.ranked)
     names = {  # two poisons of one name are told apart by their content
@@ -237,7 +279,7 @@ def _siege(game: Game, rows: dict[str, Row], several: list[tuple[Path, Record]],
         row = rows[record.poison_hash]
         defense = telling_name(
             record.defense, record.defense_config,
-            [r.defense_config for _, r in several if r.defense == record.defense],
+            [r.defense_config for _, r in everywhere if r.defense == record.defense],
         )  # fmt: skip
         scores = record.victim(judge)
         if scores is None:
@@ -248,9 +290,11 @@ def _siege(game: Game, rows: dict[str, Row], several: list[tuple[Path, Record]],
         if older is None or _weight(older.record) <= _weight(record):
             cells[name, defense] = cell
     order = [names[row.record.poison_hash] for row in game.ranked]
+    measured = {d: costs.cost_of(cell.record, judge, known) for (_, d), cell in cells.items()}
     return Siege(
         game, judge, [name for name in order if any(attack == name for attack, _ in cells)],
         sorted({defense for _, defense in cells}, key=lambda name: (name not in CONTROLS, name)), cells,
+        {defense: cost for defense, cost in measured.items() if cost is not None},
     )  # fmt: skip
 
 

@@ -30,9 +30,10 @@ from poisonbench.statistics import CONFIDENCE, CURRENT, RULES, Interval
 from poisonbench.threat import LInf
 from poisonbench.tracks import TRACKS
 
+from .columns import marks
 from .figures import FOLDER, Picture, of_game, of_siege, pictures
 from .games import Game, Row, canonical, read
-from .shields import Siege, left_out, share, sieges
+from .shields import Siege, left_out, promise, share, sieges
 from .site import left_over, require_ours
 from .site import pages as build_site
 
@@ -221,6 +222,8 @@ def _siege_csv(siege: Siege) -> str:
                 **({} if won is None else _ends("won_back", won)),
                 "precision": _six(cell.precision), "recall": _six(cell.recall),
                 "clean_images_lost": _six(cell.clean_lost),
+                **_cost(siege, defense),
+                "certified": None if certificate is None else promise(certificate),
                 "certificate_changes": None if certificate is None else certificate.changes,
                 "certificate_violations": None if certificate is None else certificate.violations,
                 "evaluation_seconds": cell.record.evaluation_seconds,
@@ -228,6 +231,17 @@ def _siege_csv(siege: Siege) -> str:
             }  # fmt: skip
             rows.append({name: _no_formula(value) for name, value in row.items()})
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _cost(siege: Siege, defense: str) -> dict[str, object]:
+    """What a defence costs: median, least and most of its rounds, and by count."""
+    found = siege.costs.get(defense)
+    names = ("cost_trainings", "cost_least", "cost_most", "cost_by_count")
+    if found is None:
+        return dict.fromkeys(names)
+    costs, cost = found
+    numbers = (cost.trainings, min(cost.ratios), max(cost.ratios), costs.counted(cost))
+    return {name: _six(value) for name, value in zip(names, numbers, strict=True)}
 
 
 def _six(value: float | None) -> float | None:
@@ -251,6 +265,7 @@ def _flat(game: Game, row: Row) -> dict[str, object]:
         "rank": row.rank, "tied": row.tied, "attack": record.attack, "control": row.control is not None,
         "attack_config": canonical(record.attack_config), "attack_seed": record.attack_seed,
         "status": record.status, "remark": record.remark,
+        "flagged": bool(row.flagged), "disputed": bool(row.disputes),
         "track": record.track, "custom": " ".join(record.custom), "frozen": game.frozen,
         "fraction": record.budget.fraction, "mode": record.budget.mode,
         "labels": record.budget.labels, "pixels": pixels.kind,
@@ -291,6 +306,7 @@ def _template(name: str) -> jinja2.Template:
         autoescape=False,  # the pages are Markdown: the filter `text` escapes for both
     )
     environment.filters |= {"text": escape, "link": quote}
+    environment.globals["marks"] = marks
     return environment.get_template(name)
 
 

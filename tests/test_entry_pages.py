@@ -6,7 +6,8 @@ Claims of `poisonbench.leaderboard.site` and `papers` tested here:
 - the paper is the one that the attack's docstring names, and every such docstring is understood;
 - whatever a record, a dispute or an `entry.json` says is text: no element, no script, no address but
   those of http and https, no command that a shell would read something else into;
-- an entry that was measured again is ranked by that;
+- an entry that was measured again is ranked by that; one that is flagged or disputed is marked in
+  Markdown and CSV as on the site;
 - pages of two entries have two names on every file system.
 """
 
@@ -14,18 +15,22 @@ from __future__ import annotations
 
 import importlib
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from test_leaderboard import make, put
 from test_site import Page, body, built, dispute, folder_of, verified
 
 from poisonbench import attacks
 from poisonbench.errors import UserError
+from poisonbench.records import Record
 from poisonbench.submission.manifest import Manifest
 
 papers: Any = importlib.import_module("poisonbench.leaderboard.papers")
+tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
 site_module: Any = importlib.import_module("poisonbench.leaderboard.site")
 
 LISTS = ("seeds", "clean", "poisoned", "clean_best", "poisoned_best")
@@ -41,6 +46,26 @@ def entry(**changes: Any) -> Manifest:
         "files": {"record.json": member, "poison.safetensors": member},
     }  # fmt: skip
     return Manifest.model_validate(values | changes)
+
+
+def test_tables_mark_what_the_site_marks(tmp_path: Path) -> None:
+    board = put(tmp_path / "results", make("mgd"), make("inflated", 9.0, poison_hash="e" * 64))
+    folder = folder_of(board, "inflated")
+    claim = Record.load(folder / "record.json")
+    verified(claim, 7.0).save(folder / "verification.json")
+    dispute(claim, "fails on other splits").save(folder / "dispute-1.json")
+    written = tables.build(board)
+    page = written[Path("README.md")]
+    assert page.count("| inflated **flagged** **disputed** |") == 1
+    assert page.count("**flagged**") == page.count("**disputed**") == 2  # there, and in the legend
+    (table,) = (
+        pd.read_csv(StringIO(text))
+        for path, text in written.items()
+        if path.suffix == ".csv" and "inflated" in text and "defences" not in path.name
+    )
+    marked = table.set_index("attack")[["flagged", "disputed"]]
+    assert marked.loc["inflated"].all()
+    assert not marked.drop("inflated").any(axis=None)
 
 
 def test_an_entry_has_all_that_is_known_of_it(tmp_path: Path) -> None:

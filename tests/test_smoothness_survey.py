@@ -25,8 +25,6 @@ The recipe is tiny: 60 digits, a ResNet-9 of width 2, two epochs of two steps.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from commandline import Run
 
-from poisonbench import cli, harness, runs, setting
+from poisonbench import harness, runs, setting
 from poisonbench.attacks import Task
 from poisonbench.metagradient import NonFiniteError
 from poisonbench.smoothness import definitions, experiment, survey
@@ -53,10 +52,8 @@ PROBE = Probe(seeds=3, directions=2, step_sizes=(0.003, 0.3), points=3)
 
 
 def request(probe: Probe = PROBE, **asked: Any) -> Request:
-    tiny = setting.resolve(
-        track=None, dataset=None, data_dir=None, sizes=SIZES, fraction=0.1, labels=None, radius=None,
-        overrides=RECIPE, seeds=None,
-    )  # fmt: skip
+    typed: Any = dict.fromkeys(("track", "dataset", "data_dir", "labels", "radius", "seeds"))
+    tiny = setting.resolve(**typed, sizes=SIZES, fraction=0.1, overrides=RECIPE)
     return replace(Request(tiny, ("smooth",), probe, False, False, "poisonbench smoothness …"), **asked)
 
 
@@ -67,25 +64,6 @@ def words(*more: str) -> list[str]:
     probe = ["--seeds", "3", "--directions", "2", "--step-size", "0.003", "--step-size", "0.3"]
     asked = ["--recipe", "smooth", "--fraction", "0.1", "--points", "3"]
     return ["smoothness", *asked, *sizes, *recipe, *probe, *more]
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in an empty folder: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["poisonbench", *words])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        assert isinstance(exit_.value.code, int)
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
