@@ -19,7 +19,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ class Batch(NamedTuple):
     labels: Array
 
 
+@runtime_checkable
 class Task(Protocol):
     """What meta-training and evaluation ask of a task; hashable, so it can be a static argument."""
 
