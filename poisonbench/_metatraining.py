@@ -10,6 +10,8 @@ import typer
 from poisonbench._options import DataDirOption, FreshOption, JsonOption, command
 from poisonbench.errors import UserError
 
+SMALL_VELO = {"hidden": 32, "bank": 16, "bank_scale": 1.0}
+
 
 def metatrain(
     optimizer: Annotated[
@@ -74,8 +76,9 @@ def metatrain(
     from poisonbench.metatraining.loop import Schedule
     from poisonbench.optimizers import MLPOptimizer, VeLO
 
-    sizes = (hidden or 32, bank or 16, 1.0 if bank_scale is None else bank_scale)
-    learnt = VeLO(*sizes) if optimizer == "velo" else MLPOptimizer(hidden or 4)
+    given = {"hidden": hidden, "bank": bank, "bank_scale": bank_scale}
+    sizes = {name: value for name, value in given.items() if value is not None}
+    learnt = VeLO(**{**SMALL_VELO, **sizes}) if optimizer == "velo" else MLPOptimizer(**sizes)
     request = experiment.Request(
         optimizer=learnt,
         estimator=estimator,

@@ -77,7 +77,9 @@ class Parabola:
 DATA = jnp.array([-1.0, 0.0, 1.0])
 
 
-def loss_of_rate(theta: np.ndarray, num_steps: int, objective: str, curvature: float = 1.0) -> np.ndarray:
+def loss_of_rate(
+    theta: np.ndarray, num_steps: int, objective: str, curvature: float = 1.0
+) -> np.ndarray:
     """The meta-loss of `LearnedRate` on a `Parabola` without spread, in closed form."""
     shrink = (1 - np.exp(theta) * curvature) ** 2
     if objective == "final":

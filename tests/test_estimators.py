@@ -85,7 +85,8 @@ def test_pes_begins_anew_where_a_run_ends() -> None:
         seen.append((int(carry.t[0]), int(carry.num_steps[0]), float(carry.noise["log_rate"][0, 0])))
     assert [(t, n) for t, n, _ in seen] == [(2, 4), (4, 4), (2, 4), (4, 4)]
     draws = [
-        0.1 * jax.random.normal(jax.random.split(jax.random.split(key[0])[0], 1)[0], (1,)) for key in keys
+        0.1 * jax.random.normal(jax.random.split(jax.random.split(key[0])[0], 1)[0], (1,))
+        for key in keys
     ]
     drawn = np.array(draws)[:, 0]
     expected = [drawn[0], drawn[0] + drawn[1], drawn[2], drawn[2] + drawn[3]]

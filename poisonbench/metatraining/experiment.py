@@ -24,8 +24,9 @@ from pydantic import AwareDatetime
 from poisonbench import compute, records
 from poisonbench._files import content_hash, require_writable
 from poisonbench.errors import UserError
-from poisonbench.metatraining import augmentations, estimators, pictures, tasks
+from poisonbench.metatraining import augmentations, pictures
 from poisonbench.metatraining.loop import COLUMNS, Schedule, Trained, Trainer
+from poisonbench.metatraining.tasks import DATASETS, FAMILIES, Family, InnerTask, draw, load_data
 from poisonbench.metatraining.unroll import Objective
 from poisonbench.optimizers import LearnedOptimizer, weights
 from poisonbench.progress import say
@@ -127,8 +128,8 @@ class Request:
     tasks: int = 16
     held_out: int = 4
     augmented: float = 0.5
-    datasets: tuple[str, ...] = tasks.DATASETS
-    families: tuple[tasks.Family, ...] = tasks.FAMILIES
+    datasets: tuple[str, ...] = DATASETS
+    families: tuple[Family, ...] = FAMILIES
     data_dir: str | None = None
     start: Path | None = None
     command: str = "poisonbench metatrain"
@@ -179,16 +180,16 @@ def _drawn(request: Request) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any
     """The bank and the held-out tasks, each with its data."""
     root = jax.random.key(request.schedule.seed)
 
-    def drawn(stream: int, count: int) -> list[tasks.InnerTask]:
+    def drawn(stream: int, count: int) -> list[InnerTask]:
         key = jax.random.fold_in(root, stream)
-        return tasks.draw(key, count, request.datasets, request.families, request.data_dir)
+        return draw(key, count, request.datasets, request.families, request.data_dir)
 
     loaded: dict[Any, Any] = {}
 
-    def with_data(task: tasks.InnerTask, varied: Any) -> tuple[Any, Any]:
+    def with_data(task: InnerTask, varied: Any) -> tuple[Any, Any]:
         kind = (task.data, task.resolution, task.channels)
         if kind not in loaded:
-            loaded[kind] = tasks.load_data(task, request.data_dir)
+            loaded[kind] = load_data(task, request.data_dir)
         return varied, loaded[kind]
 
     bank = []

@@ -95,11 +95,12 @@ class Schedule:
         return round(self.min_unroll * (self.max_unroll / self.min_unroll) ** share)
 
     def length(self, step: int, uniform: float, among: Sequence[int] | None = None) -> int:
-        """A run's length, from a number uniform in [0, 1); rounded down, to one of `among` if given."""
+        """A run's length, from a number uniform in [0, 1); rounded down to tens, or to the nearest of `among`."""
         longest = self.longest(step)
         drawn = self.min_unroll * ((longest + 1) / self.min_unroll) ** uniform
         if among is not None:
-            return max(length for length in among if length <= max(drawn, among[0]))
+            allowed = [length for length in among if length <= longest] or [among[0]]
+            return min(allowed, key=lambda length: abs(math.log(length / drawn)))
         drawn = min(int(drawn), longest)
         return max(self.min_unroll, drawn // 10 * 10 if drawn >= 10 else drawn)
 
@@ -185,7 +186,11 @@ class Trainer:
                 bar.advance(note=_note(state))
         seconds += time.monotonic() - began
         return Trained(
-            state["best"], state["weights"], np.array(state["steps"]), np.array(state["validation"]), seconds
+            state["best"],
+            state["weights"],
+            np.array(state["steps"]),
+            np.array(state["validation"]),
+            seconds,
         )
 
     def score(self, optimizer: Any, weights: Weights) -> np.ndarray:
@@ -239,7 +244,7 @@ class Trainer:
         mean = jax.tree.map(lambda *g: sum(g) / len(g), *gradients)
         clipped = jax.tree.map(lambda g: jnp.clip(g, -self.schedule.clip, self.schedule.clip), mean)
         updates, adam = self._adam.update(clipped, adam, weights)
-        return optax.apply_updates(weights, updates), adam, optax.global_norm(mean)
+        return optax.apply_updates(weights, updates), adam, optax.tree.norm(mean)
 
     def _judged(self, state: dict[str, Any], done: int) -> dict[str, Any]:
         score = float(self.score(self._optimizer, state["weights"]).mean())
@@ -248,7 +253,9 @@ class Trainer:
         return {**found, "best": state["weights"]} if score < best else found
 
     def _first(self) -> dict[str, Any]:
-        keys = [jax.random.fold_in(jax.random.fold_in(self._root, START), i) for i in range(1, 1 + self._n)]
+        keys = [
+            jax.random.fold_in(jax.random.fold_in(self._root, START), i) for i in range(1, 1 + self._n)
+        ]
         carries = [
             estimators.begin(
                 self._estimator, problem, self.start, jax.random.split(key, self.schedule.runs)
@@ -281,9 +288,7 @@ class Trainer:
             float(header["seconds"]),
         )
 
-    def _save(
-        self, path: Path, identity: str, state: dict[str, Any], done: int, seconds: float
-    ) -> None:
+    def _save(self, path: Path, identity: str, state: dict[str, Any], done: int, seconds: float) -> None:
         raw = to_raw({name: state[name] for name in HELD})
         header = {
             "identity": identity, "done": done, "seconds": seconds,

@@ -32,7 +32,9 @@ def write(record: MetaTraining, path: Path) -> None:
     right.plot(*zip(*record.validation, strict=True), "o-", color=JUDGED, markersize=3, label="learnt")
     right.axhline(float(np.mean(record.adam)), color=ADAM, linestyle="--", label="Adam at 1e-3")
     right.set_ylabel("normalised final loss")
-    right.set_title(f"Held-out tasks, {' and '.join(map(str, record.judged_lengths))} steps", fontsize=10)
+    right.set_title(
+        f"Held-out tasks, {' and '.join(map(str, record.judged_lengths))} steps", fontsize=10
+    )
     for axes in (left, right):
         axes.set_xlabel("meta-steps")
         axes.legend(frameon=False, fontsize=8)
