@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from poisonbench._options import DataDirOption, FreshOption, JsonOption, command
 from poisonbench.errors import UserError
 
-SMALL_VELO = {"hidden": 32, "bank": 16, "bank_scale": 1.0}
+SMALL_VELO: dict[str, Any] = {"hidden": 32, "bank": 16, "bank_scale": 1.0}
 
 
 def metatrain(
@@ -77,7 +77,7 @@ def metatrain(
     from poisonbench.optimizers import MLPOptimizer, VeLO
 
     given = {"hidden": hidden, "bank": bank, "bank_scale": bank_scale}
-    sizes = {name: value for name, value in given.items() if value is not None}
+    sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     learnt = VeLO(**{**SMALL_VELO, **sizes}) if optimizer == "velo" else MLPOptimizer(**sizes)
     request = experiment.Request(
         optimizer=learnt,

@@ -5,7 +5,7 @@ Claims of `poisonbench.metatraining.loop` and `experiment`, and of the verb, tes
 - every estimator, through the loop, brings a learned rate on a parabola near the best one;
 - a loop cut anywhere and started again ends with the state of one that was not, PES's runs included;
 - another meta-training's checkpoint is refused; `fresh` starts over with the same bytes;
-- lengths lie between the least and a longest that grows, on few values for an estimator compiled for each;
+- lengths lie between the least and a longest that grows, on few values where each is compiled;
 - what is kept is the best by validation, not the last;
 - broken estimates are counted in the record, and weights stay finite;
 - the verb writes weights that load, a record and a picture, says them as JSON, and does nothing twice;
@@ -144,7 +144,8 @@ def test_adam_is_adam() -> None:
 
 TINY = (
     "metatrain", "--optimizer", "mlp_opt", "--estimator", "es", "--hidden", "2", "--steps", "4",
-    "--tasks", "2", "--held-out", "1", "--family", "mlp", "--augmented", "0", "--min-unroll", "3", "--max-unroll", "4",
+    "--tasks", "2", "--held-out", "1", "--family", "mlp", "--augmented", "0",
+    "--min-unroll", "3", "--max-unroll", "4",
     "--tasks-per-step", "1", "--runs", "2", "--validate-every", "2", "--validation-runs", "1",
 )  # fmt: skip
 

@@ -6,10 +6,10 @@ and `ε ~ N(0, σ²I)`:
 - `ES`, evolution strategies, over P antithetic pairs of whole runs: `(L(θ+ε) - L(θ-ε)) ε / 2σ²`. It is
   without bias for the gradient of the smoothed loss `E_ε L(θ+ε)`. With `signed`, the difference is
   replaced by its sign, as VeLO was trained: every pair then weighs the same, and neither direction nor
-  scale is that of a gradient any more.
+  scale is a gradient's any more.
 - `PES`, persistent evolution strategies: the pair of runs is stepped `truncation` steps at a time with a
   fresh ε each, and the truncation's difference is weighed by the sum ξ of the run's ε so far,
-  `ΔL ξ / 2σ²`, with ΔL of the truncation's mean loss. At the end of a run, ξ and the runs begin anew. The
+  `ΔL ξ / 2σ²`, with ΔL of the truncation's mean loss. Where a run ends, ξ and the runs begin anew. The
   mean over a run's truncations is without bias where the mean over its steps is the meta-loss, and θ may
   change between them.
 - `Exact`, a metagradient of the unsmoothed loss by this package's engine.
@@ -243,7 +243,7 @@ class Exact:
         return Estimate(loss, gradient, (~finite).astype(jnp.int32), carry)
 
     def cost(self, num_steps: int) -> Cost:
-        """A run forward and a run differentiated; repeated steps, where memory is short, are not in it."""
+        """A run forward and a run differentiated, without what memory makes the engine repeat."""
         return Cost(num_steps, num_steps)
 
     def counted(self, problem: Problem, weights: Weights, num_steps: int) -> Cost:

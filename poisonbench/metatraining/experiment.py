@@ -166,10 +166,12 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[MetaTraini
     if record_file.exists() and (found := MetaTraining.load(record_file)).seconds == trained.seconds:
         return found, out  # nothing was left to do
     record = _recorded(request, start, trainer, trained, bank, held_out)
+    ours, adams = np.mean(record.scores), np.mean(record.adam)
     about = {
-        "command": request.command, "made": f"in {len(trained.steps)} meta-steps of {request.estimator}",
-        "score": f"{np.mean(record.scores):.4f} on held-out tasks; Adam at 1e-3 {np.mean(record.adam):.4f}",
-    }  # fmt: skip
+        "command": request.command,
+        "made": f"in {len(trained.steps)} meta-steps of {request.estimator}",
+        "score": f"{ours:.4f} on held-out tasks; Adam at 1e-3 {adams:.4f}",
+    }
     weights.save_weights(out / WEIGHTS, request.optimizer, trained.weights, about)
     pictures.write(record, out / PICTURE)
     record.save(record_file)
@@ -223,6 +225,10 @@ def _identity(request: Request, start: Any, names: Sequence[str]) -> str:
     return content_hash(np.frombuffer(json.dumps(decides).encode(), np.uint8))
 
 
+def _sizes(optimizer: Any) -> dict[str, Any]:
+    return asdict(optimizer)
+
+
 def _hash(start: Any) -> str | None:
     leaves = jax.tree.leaves(start)
     return content_hash(*(np.asarray(x) for x in leaves)) if leaves else None
@@ -238,7 +244,7 @@ def _recorded(
 ) -> MetaTraining:
     columns = dict(zip(COLUMNS, np.asarray(trained.steps).T, strict=True))
     record = MetaTraining(
-        optimizer={"name": request.optimizer.name, **asdict(request.optimizer)},  # type: ignore[call-overload]
+        optimizer={"name": request.optimizer.name, **_sizes(request.optimizer)},
         estimator={"name": request.estimator, **asdict(request.strategy)},
         schedule=asdict(request.schedule),
         objective=request.objective,
@@ -274,8 +280,8 @@ def show(record: MetaTraining, folder: Path) -> None:
 
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{record.optimizer['name']} after {len(record.steps)} meta-steps of {record.estimator['name']}",
-        caption=f"Normalised final loss, the lower the better, of runs of {record.judged_lengths} steps.",
+        title=f"{record.optimizer['name']} after {len(record.steps)} meta-steps",
+        caption=f"Normalised final loss, the lower the better; runs of {record.judged_lengths} steps.",
     )
     table.add_column("held-out task")
     for title in ("learnt", "Adam at 1e-3"):

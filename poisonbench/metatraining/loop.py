@@ -5,10 +5,10 @@ are held out. Every meta-step takes some tasks of the bank, for each of them a r
 runs (initial parameters and batches), and from each run one estimate of the gradient (`estimators.py`).
 Each run's gradient is divided by its norm, where asked, so that no task's scale decides; the mean over
 runs is clipped elementwise and given to Adam, whose rate falls by a cosine to a tenth. Lengths are
-log-uniform between the least and a longest that grows geometrically over the first half of the meta-steps.
+log-uniform between the least and a longest that grows geometrically over the first half.
 
-At intervals the weights are judged on the held-out tasks by final loss, always on the same runs; the best
-so judged are what is saved. Everything drawn is a function of the seed and the meta-step, so that a
+At intervals the weights are judged on the held-out tasks by final loss, always on the same runs; the
+best so judged are what is saved. Everything drawn is a function of the seed and the meta-step, so that a
 meta-training that was killed ends with the bytes of one that was not.
 """
 
@@ -40,7 +40,7 @@ START, STEPS, JUDGED = range(3)
 """What the root key is for: streams of it that never meet."""
 COLUMNS = ("loss", "longest", "inner_steps", "broken", "norm")
 """What is kept of each meta-step: mean meta-loss, longest run allowed, inner steps taken (forward and
-differentiated alike), differences or gradients that were not finite, norm of the gradient before clipping."""
+differentiated alike), differences or gradients that were not finite, norm of the mean gradient."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Schedule:
         return round(self.min_unroll * (self.max_unroll / self.min_unroll) ** share)
 
     def length(self, step: int, uniform: float, among: Sequence[int] | None = None) -> int:
-        """A run's length, from a number uniform in [0, 1); rounded down to tens, or to the nearest of `among`."""
+        """A run's length, by a number uniform in [0, 1): in whole tens, or the nearest of `among`."""
         longest = self.longest(step)
         drawn = self.min_unroll * ((longest + 1) / self.min_unroll) ** uniform
         if among is not None:
@@ -235,7 +235,8 @@ class Trainer:
         weights, adam, norm = self._descended(state["weights"], state["adam"], gradients)
         row = [float(np.mean(losses)), schedule.longest(step), taken, int(sum(broken)), float(norm)]
         return {
-            **state, "weights": weights, "adam": adam, "carries": carries, "steps": [*state["steps"], row]
+            **state, "weights": weights, "adam": adam, "carries": carries,
+            "steps": [*state["steps"], row],
         }  # fmt: skip
 
     def _descended(
@@ -278,7 +279,7 @@ class Trainer:
         arrays, header = stored
         if header["identity"] != identity:
             raise UserError(
-                f"{path.parent} holds another meta-training; choose another --out or start over with --fresh"
+                f"{path.parent} holds another meta-training: choose another --out, or start with --fresh"
             )
         held = {name: state[name] for name in HELD}
         raw = [arrays[f"{i:05}"] for i in range(len(arrays))]

@@ -19,7 +19,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,19 +36,6 @@ INIT, BATCHES, JUDGE = range(3)
 """What a run's key is for: streams of it that never meet."""
 
 
-class Optimizer(Protocol):
-    """A learned optimizer: hashable, with everything learnt in `weights`."""
-
-    @property
-    def name(self) -> str: ...
-
-    def init(self, key: Any) -> Weights: ...
-
-    def transformation(
-        self, num_steps: Any, weights: Weights
-    ) -> optax.GradientTransformationExtraArgs: ...
-
-
 class InnerState(NamedTuple):
     """Parameters, the optimizer's state, and the normalised losses so far, summed."""
 
@@ -63,7 +50,7 @@ class Problem:
     """What an estimator differentiates: an optimizer's meta-loss on one task.
 
     Attributes:
-        optimizer: whose weights are learnt.
+        optimizer: whose weights are learnt, a `poisonbench.optimizers.LearnedOptimizer`.
         task: what it trains, a `metatraining.tasks.Task`.
         objective: `mean` or `final`.
         data: the task's data, a pytree of arrays.
