@@ -82,7 +82,9 @@ def metatrain(
     request = experiment.Request(
         optimizer=learnt,
         estimator=estimator,
-        strategy=estimators.make(estimator, sigma=sigma, pairs=pairs, truncation=truncation),
+        strategy=estimators.make(
+            estimator, sigma=sigma, pairs=pairs, truncation=truncation, longest=max_unroll
+        ),
         schedule=Schedule(
             steps=steps, min_unroll=min_unroll, max_unroll=max_unroll, tasks_per_step=tasks_per_step,
             runs=runs, learning_rate=meta_learning_rate, clip=clip, normalise=normalise, seed=seed,

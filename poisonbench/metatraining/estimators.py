@@ -36,7 +36,7 @@ from jaxtyping import Array
 
 from poisonbench.errors import UserError
 from poisonbench.metagradient import metagradient, plan, state_bytes
-from poisonbench.metatraining.unroll import InnerState, MetaLoss, Problem, PyTree, Weights
+from poisonbench.metatraining.unroll import InnerState, MetaLoss, Problem, PyTree, Stopping, Weights
 
 DEFAULT_SIGMA = 0.01
 Name = Literal["es", "es-sign", "pes", "exact"]
@@ -76,10 +76,12 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    """A strategy; hashable. Everything but the last attribute may be transformed by `jax.vmap`."""
+    """A strategy; hashable. A call may be transformed by `jax.vmap`."""
 
-    static_length: ClassVar[bool]
-    """Whether a run's length must be a Python int: one compiled program for each."""
+    @property
+    def static_length(self) -> bool:
+        """Whether a run's length must be a Python int: one compiled program for each."""
+        ...
 
     def begin(self, problem: Problem, weights: Weights, key: Any) -> PyTree:
         """What a first estimate goes on from."""
@@ -220,11 +222,18 @@ class Exact:
     """The gradient itself, of the loss as it is, through the whole run.
 
     Attributes:
+        longest: most steps of a run. Runs of any length up to it then share a compiled program, in which
+            the steps past a run's end do nothing; None compiles one for each length.
         memory: bytes that the states kept for the way back may take; past it, steps are repeated.
     """
 
+    longest: int | None = None
     memory: int = 2**28
-    static_length: ClassVar[bool] = True
+
+    @property
+    def static_length(self) -> bool:
+        """Whether each length has a program of its own."""
+        return self.longest is None
 
     def begin(self, problem: Problem, weights: Weights, key: Any) -> PyTree:
         """Nothing."""
@@ -234,9 +243,10 @@ class Exact:
         self, problem: Problem, weights: Weights, num_steps: Any, key: Any, carry: PyTree
     ) -> Estimate:
         """Differentiate one whole run."""
-        run = problem.run(num_steps, key)
+        run, last = problem.run(num_steps, key), self.longest or num_steps
+        step = run if self.longest is None else Stopping(run)
         loss, gradient = metagradient(
-            run, MetaLoss(run), run.start(weights), num_steps, weights, memory=self.memory
+            step, MetaLoss(run), run.start(weights), last, weights, memory=self.memory
         )
         finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((loss, gradient))]).all()
         gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
@@ -254,9 +264,14 @@ class Exact:
 
 
 def make(
-    name: str, *, sigma: float = DEFAULT_SIGMA, pairs: int = 1, truncation: int = 10
+    name: str,
+    *,
+    sigma: float = DEFAULT_SIGMA,
+    pairs: int = 1,
+    truncation: int = 10,
+    longest: int | None = None,
 ) -> ES | PES | Exact:
-    """The estimator of this name: `es`, `es-sign`, `pes` or `exact`.
+    """The estimator of this name: `es`, `es-sign`, `pes` or `exact`; `longest` is for the last.
 
     Raises:
         UserError: a size that cannot be.
@@ -266,7 +281,7 @@ def make(
     if pairs < 1 or truncation < 1:
         raise UserError("--pairs and --truncation must be at least 1")
     if name == "exact":
-        return Exact()
+        return Exact(longest)
     if name == "pes":
         return PES(sigma, truncation)
     return ES(sigma, pairs, signed=name == "es-sign")

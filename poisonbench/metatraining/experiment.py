@@ -25,7 +25,7 @@ from poisonbench import compute, records
 from poisonbench._files import content_hash, require_writable
 from poisonbench.errors import UserError
 from poisonbench.metatraining import augmentations, pictures
-from poisonbench.metatraining.loop import COLUMNS, Schedule, Trained, Trainer
+from poisonbench.metatraining.loop import COLUMNS, ELSEWHERE, Schedule, Trained, Trainer
 from poisonbench.metatraining.tasks import DATASETS, FAMILIES, Family, InnerTask, draw, load_data
 from poisonbench.metatraining.unroll import Objective
 from poisonbench.optimizers import LearnedOptimizer, weights
@@ -44,6 +44,7 @@ class MetaTraining(Stored):
     """How weights came about.
 
     Attributes:
+        identity: hash of everything that decides the weights but the code.
         optimizer, estimator, schedule: names and sizes.
         objective: meta-loss of a run: `mean` over its steps, or `final`.
         start: hash of the weights begun with, where a file was named.
@@ -60,6 +61,7 @@ class MetaTraining(Stored):
 
     kind = "record of a meta-training"
     schema_version: Literal[1] = 1
+    identity: str
     optimizer: Config
     estimator: Config
     schedule: Config
@@ -158,14 +160,16 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[MetaTraini
             (out / name).unlink(missing_ok=True)
     bank, held_out = _drawn(request)
     identity = _identity(request, start, [task.name for task, _ in (*bank, *held_out)])
+    if (out / RECORD).exists():
+        found = MetaTraining.load(out / RECORD)
+        if found.identity != identity:
+            raise UserError(f"{out} holds another meta-training: {ELSEWHERE}")
+        return found, out
     trainer = Trainer(
         request.optimizer, request.strategy, request.objective, bank, held_out, request.schedule, start
     )
     trained = trainer.train(out / CHECKPOINT, identity)
-    record_file = out / RECORD
-    if record_file.exists() and (found := MetaTraining.load(record_file)).seconds == trained.seconds:
-        return found, out  # nothing was left to do
-    record = _recorded(request, start, trainer, trained, bank, held_out)
+    record = _recorded(request, identity, start, trainer, trained, bank, held_out)
     ours, adams = np.mean(record.scores), np.mean(record.adam)
     about = {
         "command": request.command,
@@ -174,7 +178,7 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[MetaTraini
     }
     weights.save_weights(out / WEIGHTS, request.optimizer, trained.weights, about)
     pictures.write(record, out / PICTURE)
-    record.save(record_file)
+    record.save(out / RECORD)
     return record, out
 
 
@@ -236,6 +240,7 @@ def _hash(start: Any) -> str | None:
 
 def _recorded(
     request: Request,
+    identity: str,
     start: Any,
     trainer: Trainer,
     trained: Trained,
@@ -244,6 +249,7 @@ def _recorded(
 ) -> MetaTraining:
     columns = dict(zip(COLUMNS, np.asarray(trained.steps).T, strict=True))
     record = MetaTraining(
+        identity=identity,
         optimizer={"name": request.optimizer.name, **_sizes(request.optimizer)},
         estimator={"name": request.estimator, **asdict(request.strategy)},
         schedule=asdict(request.schedule),

@@ -33,9 +33,8 @@ from poisonbench.metatraining import estimators
 from poisonbench.metatraining.unroll import Objective, Problem, PyTree, Weights
 from poisonbench.progress import Progress
 
-LENGTHS = 8
-"""Lengths that an estimator which is compiled for each chooses among."""
 CHECKPOINT_EVERY = 30.0
+ELSEWHERE = "choose another --out, or start over with --fresh"
 START, STEPS, JUDGED = range(3)
 """What the root key is for: streams of it that never meet."""
 COLUMNS = ("loss", "longest", "inner_steps", "broken", "norm")
@@ -94,19 +93,12 @@ class Schedule:
         share = min(1.0, 2 * step / self.steps)
         return round(self.min_unroll * (self.max_unroll / self.min_unroll) ** share)
 
-    def length(self, step: int, uniform: float, among: Sequence[int] | None = None) -> int:
-        """A run's length, by a number uniform in [0, 1): in whole tens, or the nearest of `among`."""
+    def length(self, step: int, uniform: float) -> int:
+        """A run's length, by a number uniform in [0, 1); in whole tens from 10 on."""
         longest = self.longest(step)
         drawn = self.min_unroll * ((longest + 1) / self.min_unroll) ** uniform
-        if among is not None:
-            allowed = [length for length in among if length <= longest] or [among[0]]
-            return min(allowed, key=lambda length: abs(math.log(length / drawn)))
         drawn = min(int(drawn), longest)
         return max(self.min_unroll, drawn // 10 * 10 if drawn >= 10 else drawn)
-
-    def grid(self) -> tuple[int, ...]:
-        """Lengths for an estimator that is compiled for each."""
-        return tuple(sorted({round(x) for x in np.geomspace(self.min_unroll, self.max_unroll, LENGTHS)}))
 
 
 @dataclass(frozen=True)
@@ -161,7 +153,6 @@ class Trainer:
         self.start = optimizer.init(start) if weights is None else jax.tree.map(jnp.asarray, weights)
         rate = optax.cosine_decay_schedule(schedule.learning_rate, schedule.steps, 0.1)
         self._adam = optax.adam(rate)
-        self._grid = schedule.grid() if estimator.static_length else None
 
     def train(self, checkpoint: Path, identity: str) -> Trained:
         """Meta-train, going on from a checkpoint of the same identity.
@@ -221,7 +212,7 @@ class Trainer:
         chosen = rng.choice(len(self._problems), count, replace=False)
         carries, gradients, losses, broken, taken = list(state["carries"]), [], [], [], 0
         for i in (int(i) for i in chosen):
-            length = schedule.length(step, float(rng.uniform()), self._grid)
+            length = schedule.length(step, float(rng.uniform()))
             keys = jax.random.split(jax.random.fold_in(key, i), schedule.runs)
             found = estimators.estimates(
                 estimator, self._problems[i], state["weights"], length, keys, carries[i]
@@ -278,9 +269,7 @@ class Trainer:
             return state, 0, 0.0
         arrays, header = stored
         if header["identity"] != identity:
-            raise UserError(
-                f"{path.parent} holds another meta-training: choose another --out, or start with --fresh"
-            )
+            raise UserError(f"{path.parent} holds another meta-training: {ELSEWHERE}")
         held = {name: state[name] for name in HELD}
         raw = [arrays[f"{i:05}"] for i in range(len(arrays))]
         return (

@@ -129,6 +129,20 @@ class Run:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Stopping:
+    """A run's step that does nothing once the run has ended."""
+
+    run: Run
+
+    def __call__(self, state: InnerState, t: Any, weights: Weights) -> InnerState:
+        """Step `t`, or the state as it is."""
+        return jax.lax.cond(
+            t < self.run.num_steps, lambda s: self.run(s, t, weights), lambda s: s, state
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class MetaLoss:
     """`run.loss` as an objective of the metagradient engine."""
 
