@@ -112,25 +112,29 @@ def sample(estimator: Any, problem: Problem, weights: Weights, num_steps: int, d
     return Sample(np.concatenate(found)[:draws], broken)
 
 
-def smoothed(problem: Problem, weights: Weights, sigma: float, num_steps: int, draws: int) -> Sample:
+def smoothed(
+    exact: Exact, problem: Problem, weights: Weights, sigma: float, num_steps: int, draws: int
+) -> Sample:
     """Exact gradients at perturbed weights, each of a run of its own."""
     found, broken = [], 0
     for i in range(-(-draws // TOGETHER)):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(23), i), TOGETHER)
-        estimate = _perturbed(num_steps, sigma, problem, weights, keys)
+        estimate = _perturbed(exact, sigma, problem, weights, jnp.int32(num_steps), keys)
         found.append(_flat(estimate.gradient))
         broken += int(np.asarray(estimate.broken).sum())
     return Sample(np.concatenate(found)[:draws], broken)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _perturbed(num_steps: int, sigma: float, problem: Problem, weights: Weights, keys: Any) -> Estimate:
+def _perturbed(
+    exact: Exact, sigma: float, problem: Problem, weights: Weights, num_steps: Any, keys: Any
+) -> Estimate:
     def one(key: Any) -> Estimate:
         draw, run = jax.random.split(key)
         leaves, structure = jax.tree.flatten(weights)
         own = jax.random.split(draw, len(leaves))
         moved = [w + sigma * jax.random.normal(k, w.shape) for k, w in zip(own, leaves, strict=True)]
-        return Exact()(problem, jax.tree.unflatten(structure, moved), num_steps, run, ())
+        return exact(problem, jax.tree.unflatten(structure, moved), num_steps, run, ())
 
     return jax.vmap(one)(keys)
 
@@ -148,7 +152,7 @@ def measured_factor(problem: Problem, weights: Weights, num_steps: int = 30, rou
         return min(taken[1:])
 
     forward = seconds(ES()) / 2
-    return seconds(Exact()) / forward - 1
+    return seconds(Exact(num_steps)) / forward - 1
 
 
 def truth(point: str, num_steps: int, exact: np.ndarray, es: np.ndarray) -> tuple[Truth, np.ndarray]:
@@ -209,10 +213,13 @@ def _flat(gradients: Any) -> np.ndarray:
     return np.concatenate([g.reshape(len(g), -1) for g in leaves], axis=1)
 
 
-def strategies(sigma: float, num_steps: int) -> dict[str, Any]:
-    """The estimators that are compared; PES in truncations of a tenth of a run, at least 10 steps."""
+def strategies(sigma: float, num_steps: int, longest: int | None = None) -> dict[str, Any]:
+    """The estimators that are compared; PES in truncations of a tenth of a run, at least 10 steps.
+
+    Exact gradients of all runs up to `longest` share a program.
+    """
     return {
-        "exact": Exact(),
+        "exact": Exact(longest or num_steps),
         "es": ES(sigma),
         "es-sign": ES(sigma, signed=True),
         "pes": PES(sigma, max(10, num_steps // 10)),
@@ -227,6 +234,7 @@ def cost(estimator: Any, num_steps: int, factor: float) -> float:
 
 def as_weights(flat: list[float], like: Weights) -> Weights:
     """Weights of the structure of `like` from their numbers."""
+    structure: Any
     leaves, structure = jax.tree.flatten(like)
     ends = np.cumsum([x.size for x in leaves])
     parts = np.split(np.asarray(flat, np.float32), ends[:-1])

@@ -23,6 +23,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -61,13 +62,13 @@ class Sizes:
     """
 
     lengths: tuple[int, ...] = (10, 30, 100, 300, 1000)
-    es_steps: int = 240_000
+    es_steps: int = 160_000
     other_steps: int = 80_000
     exact_steps: int = 16_000
     least: int = 16
     most: int = 1024
     race_lengths: tuple[int, ...] = (50, 500)
-    budget: int = 200_000
+    budget: int = 150_000
     rates: tuple[float, ...] = (3e-3, 1e-2)
     width: int = 16
     batch: int = 16
@@ -206,16 +207,14 @@ class Bench:
         """Fields of the record."""
         sizes, names = self.sizes, list(estimating.strategies(self.sizes.sigma, 10))
         races = [(n, name, rate) for n in sizes.race_lengths for name in names for rate in sizes.rates]
-        with Progress("racing", len(races)) as bar:
-            race = []
-            for n, name, rate in races:
-                leg = self.pieces.once(
-                    f"race/{n}-{name}-{rate:g}", Leg, lambda a=(n, name, rate): self._leg(*a)
-                )
-                race.append(leg)
-                bar.advance(note=f"{name}, {n} steps")
-        adam = {str(n): self.pieces.once(f"race/{n}-adam", float, lambda n=n: self._adam(n))
-                for n in sizes.race_lengths}  # fmt: skip
+        once = self.pieces.once
+        race = [
+            once(f"race/{n}-{name}-{rate:g}", Leg, partial(self._leg, n, name, rate))
+            for n, name, rate in races
+        ]
+        adam = {
+            str(n): once(f"race/{n}-adam", float, partial(self._adam, n)) for n in sizes.race_lengths
+        }
         longest = [leg for leg in race if leg.num_steps == sizes.race_lengths[-1]]
         trained = min(
             (leg for leg in longest if leg.estimator == "exact"), key=lambda leg: min(leg.score)
@@ -232,13 +231,16 @@ class Bench:
         return {"race": race, "adam": adam, "truths": truths, "qualities": qualities}
 
     def _length(self, point: str, weights: Any, num_steps: int) -> tuple[Truth, list[Quality]]:
-        sizes, strategies = self.sizes, estimating.strategies(self.sizes.sigma, num_steps)
+        sizes = self.sizes
+        strategies = estimating.strategies(sizes.sigma, num_steps, max(sizes.lengths))
 
         def drawn(name: str) -> estimating.Sample:
             def draw() -> np.ndarray:
                 draws = sizes.draws(name.removeprefix("smoothed-"), num_steps)
                 found = (
-                    estimating.smoothed(self.problem, weights, sizes.sigma, num_steps, draws)
+                    estimating.smoothed(
+                        strategies["exact"], self.problem, weights, sizes.sigma, num_steps, draws
+                    )
                     if name == "smoothed-exact"
                     else estimating.sample(strategies[name], self.problem, weights, num_steps, draws)
                 )
