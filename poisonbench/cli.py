@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from poisonbench import _entering, _publishing
+from poisonbench import _entering, _metatraining, _publishing
 from poisonbench._options import (
     AttackOption,
     DataDirOption,
@@ -283,6 +283,7 @@ def smoothness(
         report.show(finished.record, finished.folder)
 
 
+app.command()(_metatraining.metatrain)
 app.command()(_entering.show)
 app.command()(_entering.new)
 app.command(context_settings={"ignore_unknown_options": True})(_entering.check)
