@@ -398,3 +398,12 @@ def test_bad_input_is_one_line(command: Run, tmp_path: Path) -> None:
     save_weights(tmp_path / "w", MLPOptimizer(), MLPOptimizer().init(jax.random.key(0)), {})
     assert "give --optimizer mlp_opt" in said("--optimizer", "velo", "--weights", str(tmp_path / "w"))
     assert "is a baseline's" in said("--optimizer", "velo", "--name", "adam")
+
+
+def test_committed_tables_are_what_committed_records_give(tmp_path: Path) -> None:
+    results = Path(__file__).parents[1] / "results"
+    if not (results / experiment.FOLDER).is_dir():
+        pytest.skip(f"no {results / experiment.FOLDER}: records are in a checkout only")
+    made = experiment.publish(results / experiment.FOLDER, tmp_path)
+    for name in ("table.md", "scores.csv"):
+        assert (made / name).read_bytes() == (results / experiment.FOLDER / name).read_bytes()

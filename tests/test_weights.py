@@ -2,12 +2,14 @@
 
 - both forms come back as they were, at the sizes of the release, and give the same bytes again;
 - a released file is Flax msgpack, with or without its frame and its configuration;
+- what is packaged is under 2 MB, and a committed record says how it came about;
 - nothing is unpickled; whatever is spoilt, of another optimizer or of a variant that is not here is
   refused in one error, and a bucket's path names the command that fetches it.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,13 @@ import jax
 import numpy as np
 import pytest
 from flax.serialization import msgpack_serialize
+from safetensors import safe_open
 from safetensors.numpy import save
 
+import poisonbench.optimizers
 from poisonbench.errors import UserError
-from poisonbench.optimizers import MLPOptimizer, VeLO
+from poisonbench.metatraining.experiment import MetaTraining
+from poisonbench.optimizers import FAMILIES, MLPOptimizer, VeLO
 from poisonbench.optimizers.weights import load_weights, packaged, save_weights
 
 SMALL = VeLO(hidden=4, bank=2, bank_scale=1.0)
@@ -175,6 +180,29 @@ def test_weights_of_another_family_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weights of velo"):
         save_weights(tmp_path / "a", SMALL, arrays(MLPOptimizer()), {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.wheel
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_packaged_can_be_read(name: str) -> None:
+    optimizer, weights = packaged(name)
+    assert optimizer.name == name
+    assert FAMILIES[name].of(weights).shapes() == optimizer.shapes()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_packaged_is_small_and_has_its_record(name: str) -> None:
+    file = Path(poisonbench.optimizers.__file__).with_name(f"{name}.safetensors")
+    folder = Path(__file__).parents[1] / "results" / "metatraining" / name
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: records are in a checkout only")
+    record = MetaTraining.load(folder / "metatraining.json")
+    with safe_open(file, framework="numpy") as opened:
+        header = json.loads(opened.metadata()["poisonbench"])
+    assert file.stat().st_size < 2_000_000
+    assert header["about"]["command"] == record.command
+    assert header["sizes"] | {"name": name} == record.optimizer
+    assert record.code["dirty"] is False
 
 
 def test_names_of_what_is_packaged() -> None:
