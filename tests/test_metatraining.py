@@ -175,6 +175,15 @@ def test_the_verb(command: Run) -> None:
     assert second.start is not None
     assert second.validation[0][1] == pytest.approx(np.mean(record.scores))
     assert "weights of" in refused(command, *words, "--hidden", "3")
+    Path("results").mkdir()
+    assert command("publish", "second", "--results", "results")[0] == 0
+    names = ("loss.png", "metatraining.json", "weights.safetensors")
+    for name in names:
+        assert (
+            Path("results/metatraining/second", name).read_bytes() == Path("second", name).read_bytes()
+        )
+    assert sorted(p.name for p in Path("results/metatraining/second").iterdir()) == list(names)
+    assert "never overwritten" in refused(command, "publish", "second", "--results", "results")
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,7 @@ def test_what_is_packaged_is_small_and_has_its_record(name: str) -> None:
     record = MetaTraining.load(folder / "metatraining.json")
     with safe_open(file, framework="numpy") as opened:
         header = json.loads(opened.metadata()["poisonbench"])
+    assert file.read_bytes() == (folder / "weights.safetensors").read_bytes()
     assert file.stat().st_size < 2_000_000
     assert header["about"]["command"] == record.command
     assert header["sizes"] | {"name": name} == record.optimizer

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from pydantic import AwareDatetime
 
-from poisonbench import compute, records
+from poisonbench import compute, records, runs
 from poisonbench._files import content_hash, require_writable
 from poisonbench.errors import UserError
 from poisonbench.metatraining import augmentations, pictures
@@ -180,6 +180,18 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[MetaTraini
     pictures.write(record, out / PICTURE)
     record.save(out / RECORD)
     return record, out
+
+
+def publish(folder: Path, results: Path) -> Path:
+    """Copy a finished meta-training to `<results>/metatraining/<its folder>/`: weights, record, picture.
+
+    Raises:
+        UserError: it is not finished, or is there already.
+    """
+    MetaTraining.load(folder / RECORD)
+    target = results / "metatraining" / folder.resolve().name
+    runs.copy_whole(folder, target, (WEIGHTS, RECORD, PICTURE))
+    return target
 
 
 def _drawn(request: Request) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
