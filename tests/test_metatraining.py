@@ -9,7 +9,7 @@ Claims of `poisonbench.metatraining.loop` and `experiment`, and of the verb, tes
 - what is kept is the best by validation, not the last;
 - broken estimates are counted in the record, and weights stay finite;
 - the verb writes weights that load, a record and a picture, says them as JSON, and does nothing twice;
-  begun from weights, it starts at them; a process killed by the system ends with the same bytes (slow);
+  begun from weights, it starts at them; published once, the three lie under results/; a process killed by the system ends with the same bytes (slow);
 - bad input is one line.
 """
 
