@@ -9,7 +9,8 @@ Claims of `poisonbench.metatraining.loop` and `experiment`, and of the verb, tes
 - what is kept is the best by validation, not the last;
 - broken estimates are counted in the record, and weights stay finite;
 - the verb writes weights that load, a record and a picture, says them as JSON, and does nothing twice;
-  begun from weights, it starts at them; published once, the three lie under results/; a process killed by the system ends with the same bytes (slow);
+  begun from weights, it starts at them; published once, the three lie under results/; a process killed
+  by the system ends with the same bytes (slow);
 - bad input is one line.
 """
 
@@ -178,11 +179,10 @@ def test_the_verb(command: Run) -> None:
     Path("results").mkdir()
     assert command("publish", "second", "--results", "results")[0] == 0
     names = ("loss.png", "metatraining.json", "weights.safetensors")
+    published = Path("results/metatraining/second")
+    assert sorted(path.name for path in published.iterdir()) == list(names)
     for name in names:
-        assert (
-            Path("results/metatraining/second", name).read_bytes() == Path("second", name).read_bytes()
-        )
-    assert sorted(p.name for p in Path("results/metatraining/second").iterdir()) == list(names)
+        assert (published / name).read_bytes() == Path("second", name).read_bytes()
     assert "never overwritten" in refused(command, "publish", "second", "--results", "results")
 
 
