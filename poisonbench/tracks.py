@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from poisonbench.data import DataSpec
 from poisonbench.errors import unknown_name
 from poisonbench.threat import Budget, LInf
-from poisonbench.victim.recipe import SMOOTH, STANDARD, Recipe
+from poisonbench.victim.recipe import LEARNED, SMOOTH, STANDARD, Recipe
 
 if TYPE_CHECKING:
     from poisonbench.records import Record
@@ -62,8 +62,12 @@ class Track:
                 weight_decay=0.0,
             ),
             "cnn": standard.replace(network="cnn"),
-            "velo": standard.replace(optimizer="velo", optimizer_options=(), weight_decay=0.0),
-            "mlp_opt": standard.replace(optimizer="mlp_opt", optimizer_options=(), weight_decay=0.0),
+            **{
+                name: standard.replace(
+                    optimizer=name, optimizer_options=(("weights", weights),), weight_decay=0.0
+                )
+                for name, weights in LEARNED.items()
+            },
         }  # fmt: skip
 
 

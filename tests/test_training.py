@@ -378,6 +378,8 @@ def test_unknown_optimizers_and_arguments_are_refused() -> None:
         make_optimizer(Recipe(optimizer="adam"), 10)
     with pytest.raises(UserError, match=r"velo has nothing to set: add --set optimizer_options=\{\}"):
         make_optimizer(Recipe(optimizer="velo"), 10)
+    with pytest.raises(UserError, match=r"weights 0123 of velo are not those of this version"):
+        make_optimizer(Recipe(optimizer="velo", optimizer_options=(("weights", "0123"),)), 10)
 
 
 def test_weight_decay_acts_on_kernels_only() -> None:

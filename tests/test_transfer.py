@@ -112,7 +112,7 @@ def test_every_victim_differs_and_learns(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.undo()
     for track in TRACKS.values():
         recipes = {**track.recipes, **track.transfer}
-        assert len(set(recipes.values())) == len(recipes) == 6
+        assert len(set(recipes.values())) == len(recipes) == 8
     digits = load(DataSpec(name="digits", train_size=500, val_size=100, test_size=200))
     data = TrainingSet.clean(digits.train_images, digits.train_labels, 10)
     keys = jax.random.split(jax.random.key(0), 1)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -26,6 +27,7 @@ from poisonbench.errors import UserError
 from poisonbench.metatraining.experiment import MetaTraining
 from poisonbench.optimizers import FAMILIES, MLPOptimizer, VeLO
 from poisonbench.optimizers.weights import load_weights, packaged, save_weights
+from poisonbench.victim.recipe import LEARNED
 
 SMALL = VeLO(hidden=4, bank=2, bank_scale=1.0)
 GIN = """
@@ -200,6 +202,7 @@ def test_what_is_packaged_is_small_and_has_its_record(name: str) -> None:
     with safe_open(file, framework="numpy") as opened:
         header = json.loads(opened.metadata()["poisonbench"])
     assert file.read_bytes() == (folder / "weights.safetensors").read_bytes()
+    assert hashlib.sha256(file.read_bytes()).hexdigest()[:12] == LEARNED[name]
     assert file.stat().st_size < 2_000_000
     assert header["about"]["command"] == record.command
     assert header["sizes"] | {"name": name} == record.optimizer

@@ -12,7 +12,7 @@ import optax
 from poisonbench.errors import UserError, unknown_name
 from poisonbench.optimizers import FAMILIES, LearnedOptimizer, Weights
 from poisonbench.optimizers.weights import packaged
-from poisonbench.victim.recipe import Recipe
+from poisonbench.victim.recipe import LEARNED, Recipe
 
 
 def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
@@ -40,11 +40,13 @@ def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformati
 
 
 def _learned(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
-    if recipe.optimizer_options:
-        raise UserError(
-            f"optimizer {recipe.optimizer} has nothing to set: add --set optimizer_options={{}}"
-        )
-    optimizer, weights = _weights(recipe.optimizer)
+    name, options = recipe.optimizer, dict(recipe.optimizer_options)
+    wanted = options.pop("weights", LEARNED[name])
+    if options:
+        raise UserError(f"optimizer {name} has nothing to set: add --set optimizer_options={{}}")
+    if wanted != LEARNED[name]:
+        raise UserError(f"weights {wanted} of {name} are not those of this version, {LEARNED[name]}")
+    optimizer, weights = _weights(name)
     return optimizer.transformation(num_steps, weights)
 
 
