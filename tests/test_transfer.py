@@ -2,7 +2,7 @@
 
 Claims of `poisonbench.transfer` and of a track's transfer victims tested here:
 
-- they are a wider and a narrower network, two other optimizers, one of which was learnt, and another kind
+- they are a wider and a narrower network, two other optimizers (one of them learnt) and another kind
   of network, every one of which learns;
 - scores are paired, on the run's own evaluation seeds, and lie beside its record; asked for again they
   are read, not measured;
