@@ -71,7 +71,8 @@ class Pieces:
 def _source() -> str:
     """A hash of the code that is measured and of what measures it."""
     package = Path(poisonbench.__file__).parent
-    folders = [package / "metagradient", package / "victim", Path(__file__).parent]
+    names = ("metagradient", "victim", "optimizers", "metatraining")
+    folders = [*(package / name for name in names), Path(__file__).parent]
     found = hashlib.sha256()
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         found.update(path.read_bytes())

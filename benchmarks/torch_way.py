@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks.problems import Problem
 from poisonbench.errors import UserError
 from poisonbench.records import hardware
+from poisonbench.victim.optimizer import learning_rate_schedule
 from poisonbench.victim.recipe import Recipe
-from poisonbench.victim.training import learning_rate_schedule
 
 SHORT = 3
 State = dict[str, Tensor]

@@ -17,8 +17,19 @@ def publish(
 ) -> None:
     """Put a finished run under `results/`, where the leaderboard finds it.
 
-    A finished measurement of smoothness goes to `results/smoothness/`.
+    A finished measurement of smoothness goes to `results/smoothness/`, the records of optimizers to
+    `results/optimizers/`, a meta-training to `results/metatraining/`.
     """
+    if folder.name == "optimizers":
+        from poisonbench.velodrome import experiment as velodrome
+
+        print(velodrome.publish(folder, results))
+        return
+    if (folder / "metatraining.json").exists():
+        from poisonbench.metatraining import experiment as metatraining
+
+        print(metatraining.publish(folder, results))
+        return
     if (folder / "smoothness.json").exists():
         from poisonbench.smoothness import experiment
 

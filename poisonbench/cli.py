@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from poisonbench import _entering, _publishing
+from poisonbench import _entering, _metatraining, _publishing
 from poisonbench._options import (
     AttackOption,
     DataDirOption,
@@ -43,6 +43,7 @@ from poisonbench._options import command as _command
 from poisonbench.errors import UserError, plain
 from poisonbench.smoothness.probe import Images, Probe
 from poisonbench.submission import verbs
+from poisonbench.velodrome.verbs import optimizers
 
 app = typer.Typer(
     name="poisonbench",
@@ -165,7 +166,7 @@ def transfer(
     fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Retrain other victims on a run's poison: wider, narrower, by AdamW, and a plain network.
+    """Retrain other victims on a run's poison: wider, narrower, a plain network, other optimizers.
 
     Writes `transfer.json` beside the record; the leaderboard shows what it says.
     """
@@ -218,7 +219,9 @@ def select(
 def smoothness(
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="Recipe of the track to measure. Repeatable. [default: all of them]"),
+        typer.Option(
+            help="Recipe of the track or of its transfer victims. Repeatable. [default: the track's own]"
+        ),
     ] = None,
     grid: Annotated[
         bool, typer.Option("--grid", help="Also survey one change at a time from the smooth recipe.")
@@ -280,6 +283,7 @@ def smoothness(
         report.show(finished.record, finished.folder)
 
 
+app.command()(_metatraining.metatrain)
 app.command()(_entering.show)
 app.command()(_entering.new)
 app.command(context_settings={"ignore_unknown_options": True})(_entering.check)
@@ -309,7 +313,7 @@ def list_(as_json: JsonOption = False) -> None:
 
 
 for verb in (
-    _publishing.publish, _publishing.leaderboard, verbs.submit, verbs.verify, verbs.dispute,
+    _publishing.publish, _publishing.leaderboard, verbs.submit, verbs.verify, verbs.dispute, optimizers,
 ):  # fmt: skip
     app.command()(verb)
 

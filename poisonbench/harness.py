@@ -7,6 +7,7 @@ keys come from the evaluation seeds alone, through a root that no attack is give
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -312,9 +313,10 @@ def _certificate(scores: dict[str, list[_Scores]], poison: PoisonSet) -> Certifi
 def _code() -> str:
     """All that decides a victim besides its arguments: pairs must not mix two versions of it."""
     root = Path(__file__).parent
-    sources = [*sorted((root / "victim").glob("*.py")), root / "compute.py"]
-    text = "".join(path.read_text("utf-8") for path in sources)
-    return f"{text}{library_versions()}{hardware().model_dump_json()}"
+    learned = (root / "optimizers").glob("*.*")  # code and weights
+    files = [*sorted((root / "victim").glob("*.py")), *sorted(learned), root / "compute.py"]
+    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return f"{content}{library_versions()}{hardware().model_dump_json()}"
 
 
 def _root(purpose: str, seed: int) -> PRNGKeyArray:

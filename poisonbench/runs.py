@@ -205,18 +205,20 @@ def load_data(setting: Setting) -> data.Dataset:
     """
     import jax
     import jax.numpy as jnp
+    import optax
 
     from poisonbench.victim.network import architecture
-    from poisonbench.victim.training import make_optimizer
+    from poisonbench.victim.optimizer import make_optimizer
 
     compute.setup()
     dataset = data.load(setting.dataset, setting.data_dir)
     height, width, channels = dataset.train_images.shape[1:]
     for recipe in setting.recipes.values():
         architecture(recipe, (height, width, channels), dataset.num_classes)
-        optimizer = make_optimizer(recipe, recipe.num_steps(len(dataset.train_labels)))
+        plain = make_optimizer(recipe, recipe.num_steps(len(dataset.train_labels)))
+        o = optax.with_extra_args_support(plain)
         try:
-            jax.eval_shape(lambda w, o=optimizer: o.update(w, o.init(w), w), {"w": jnp.zeros((2, 2))})
+            jax.eval_shape(lambda w, o=o: o.update(w, o.init(w), w, value=0.0), {"w": jnp.zeros((2, 2))})
         except Exception as error:  # whatever an optimizer with other needs raises
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"optimizer {recipe.optimizer} cannot train a victim: {why}") from None
@@ -228,7 +230,7 @@ def _crafting_sources() -> str:
     root = Path(__file__).parent
     names = (
         "ascent.py", "compute.py", "data.py", "flips.py", "perturb.py", "threat.py", "trained.py",
-        "metagradient/*.py", "victim/*.py",
+        "metagradient/*.py", "optimizers/*.py", "victim/*.py",
     )  # fmt: skip
     return "".join(path.read_text("utf-8") for name in names for path in sorted(root.glob(name)))
 

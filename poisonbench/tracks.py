@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from poisonbench.data import DataSpec
 from poisonbench.errors import unknown_name
 from poisonbench.threat import Budget, LInf
-from poisonbench.victim.recipe import SMOOTH, STANDARD, Recipe
+from poisonbench.victim.recipe import LEARNED, SMOOTH, STANDARD, Recipe
 
 if TYPE_CHECKING:
     from poisonbench.records import Record
@@ -50,8 +50,8 @@ class Track:
     def transfer(self) -> Mapping[str, Recipe]:
         """Victims that tell how far a poison carries, by name; see `poisonbench.transfer`.
 
-        ResNet-9s twice and half as wide as the smooth one, the standard one trained by AdamW, and
-        a plain convolutional network.
+        ResNet-9s twice and half as wide as the smooth one, the standard one trained by AdamW and by
+        VeLO, and a plain convolutional network.
         """
         smooth, standard = self.recipes["smooth"], self.recipes["standard"]
         return {
@@ -62,6 +62,9 @@ class Track:
                 weight_decay=0.0,
             ),
             "cnn": standard.replace(network="cnn"),
+            "velo": standard.replace(
+                optimizer="velo", optimizer_options=(("weights", LEARNED["velo"]),), weight_decay=0.0
+            ),
         }  # fmt: skip
 
 

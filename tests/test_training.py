@@ -36,7 +36,10 @@ from sklearn.datasets import load_digits
 
 from poisonbench.errors import UserError
 from poisonbench.metagradient import metagradient
+from poisonbench.optimizers import FAMILIES
+from poisonbench.optimizers.weights import packaged
 from poisonbench.victim.evaluation import ValidationLoss, train, train_and_score
+from poisonbench.victim.optimizer import learning_rate_schedule, make_optimizer
 from poisonbench.victim.recipe import STANDARD, Recipe
 from poisonbench.victim.training import (
     Poison,
@@ -44,9 +47,7 @@ from poisonbench.victim.training import (
     TrainingSet,
     TrainState,
     augment,
-    learning_rate_schedule,
     logits,
-    make_optimizer,
 )
 
 PyTree = Any
@@ -338,6 +339,8 @@ PARAMS = {
         ("adamw", {"b1": 0.8, "eps_root": 1e-6, "weight_decay": 0.1}),
         ("rmsprop", {"decay": 0.95, "eps_in_sqrt": True}),
         ("lion", {}),
+        ("velo", {}),
+        ("mlp_opt", {}),
     ],
 )
 def test_any_optimizer_by_name(name: str, options: dict[str, float | bool]) -> None:
@@ -346,9 +349,14 @@ def test_any_optimizer_by_name(name: str, options: dict[str, float | bool]) -> N
     )
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
     gradient = jax.tree.map(jnp.sin, params)
-    ours, theirs = make_optimizer(recipe, 10), getattr(optax, name)(recipe.learning_rate, **options)
-    found, _ = ours.update(gradient, ours.init(params), params)
-    expected, _ = theirs.update(gradient, theirs.init(params), params)
+    ours = optax.with_extra_args_support(make_optimizer(recipe, 10))
+    if name in FAMILIES:
+        family, weights = packaged(name)
+        theirs = family.transformation(10, weights)
+    else:
+        theirs = optax.with_extra_args_support(getattr(optax, name)(recipe.learning_rate, **options))
+    found, _ = ours.update(gradient, ours.init(params), params, value=2.0)
+    expected, _ = theirs.update(gradient, theirs.init(params), params, value=2.0)
     assert gradcheck.relative_error(found, expected) < 1e-6
 
     # And a victim's step keeps the shapes and dtypes of its state, as a metagradient needs.
@@ -364,10 +372,14 @@ def test_any_optimizer_by_name(name: str, options: dict[str, float | bool]) -> N
 
 
 def test_unknown_optimizers_and_arguments_are_refused() -> None:
-    with pytest.raises(UserError, match=r"no optax optimizer called 'adamm'; did you mean .*adam"):
+    with pytest.raises(UserError, match=r"no optimizer called 'adamm'; did you mean .*adam"):
         make_optimizer(Recipe(optimizer="adamm"), 10)
     with pytest.raises(UserError, match=r"optimizer adam does not take.*momentum"):
         make_optimizer(Recipe(optimizer="adam"), 10)
+    with pytest.raises(UserError, match=r"velo has nothing to set: add --set optimizer_options=\{\}"):
+        make_optimizer(Recipe(optimizer="velo"), 10)
+    with pytest.raises(UserError, match=r"weights 0123 of velo are not those of this version"):
+        make_optimizer(Recipe(optimizer="velo", optimizer_options=(("weights", "0123"),)), 10)
 
 
 def test_weight_decay_acts_on_kernels_only() -> None:

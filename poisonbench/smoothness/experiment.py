@@ -36,7 +36,7 @@ class Request:
 
     Attributes:
         setting: data, budget and the track's recipes; its seeds are not used.
-        names: which of the recipes; empty for all of them.
+        names: which of the recipes; empty for all that the track's attacks are measured on.
         probe: what is asked of each.
         grid: whether to survey the changes of the surrogate recipe too.
         landscape: whether to draw a landscape of each recipe.
@@ -52,16 +52,16 @@ class Request:
 
     @property
     def recipes(self) -> dict[str, Recipe]:
-        """The recipes that were asked for.
+        """The recipes that were asked for; those that poison is carried to may be asked for too.
 
         Raises:
             UserError: one of them is not in the track.
         """
-        known = self.setting.recipes
+        known = {**self.setting.track.transfer, **self.setting.recipes}
         for name in self.names:
             if name not in known:
                 raise unknown_name("recipe", name, known)
-        return {name: known[name] for name in dict.fromkeys(self.names or known)}
+        return {name: known[name] for name in dict.fromkeys(self.names or self.setting.recipes)}
 
     def varied(self, num_images: int) -> dict[str, Recipe]:
         """The recipes of the grid: the base, those asked for, and every change of the base."""

@@ -44,7 +44,9 @@ class Recipe:
         epochs: passes over the training set.
         batch_size: images in a step; what is left of an epoch after the last full batch is
             dropped, and each epoch has an order of its own.
-        optimizer: name of any optimizer in `optax` that takes a learning rate.
+        optimizer: name of any optimizer in `optax` that takes a learning rate; or `velo` or `mlp_opt`,
+            with the weights that come with this package (see `poisonbench.optimizers`), which have no
+            use for a learning rate, and no option but to name those weights by their hash.
         optimizer_options: its keyword arguments. Adam needs `eps_root > 0` under a
             metagradient: the root of its second moment has no derivative at zero.
         learning_rate: the peak.
@@ -70,7 +72,7 @@ class Recipe:
     epochs: int = 18
     batch_size: int = 250
     optimizer: str = "sgd"
-    optimizer_options: tuple[tuple[str, float | bool], ...] = (("momentum", 0.85),)
+    optimizer_options: tuple[tuple[str, float | bool | str], ...] = (("momentum", 0.85),)
     learning_rate: float = 0.5
     schedule: Schedule = "one_cycle"
     start_factor: float = 0.5
@@ -149,3 +151,5 @@ STANDARD = Recipe(
     weight_decay=5e-4,
 )
 RECIPES: dict[str, Recipe] = {"smooth": SMOOTH, "standard": STANDARD}
+LEARNED = {"velo": "466172f13874", "mlp_opt": "b71225f7dba4"}
+"""Learned optimizers, and the first twelve digits of the SHA-256 of the weights that come with them."""

@@ -23,8 +23,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from poisonbench.errors import UserError, unknown_name
 from poisonbench.victim.network import architecture, build
+from poisonbench.victim.optimizer import make_optimizer
 from poisonbench.victim.recipe import Recipe
 
 PyTree = Any
@@ -252,7 +252,7 @@ def _update(
         stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         return optax.softmax_cross_entropy(logits, targets).mean(), stats
 
-    gradient_of = jax.grad(loss, has_aux=True)
+    gradient_of = jax.value_and_grad(loss, has_aux=True)
     targets = optax.smooth_labels(targets, recipe.label_smoothing)
     if counted is not None:
         targets = targets * counted[:, None]  # so that blends of images are blends of what they count
@@ -263,20 +263,21 @@ def _update(
     if guard is not None and guard.parts:
         batch = (images, targets)
         parts = jax.tree.map(lambda x: x.reshape(guard.parts, -1, *x.shape[1:]), batch)
-        stack, several = jax.vmap(gradient_of, (None, 0, 0))(state.params, *parts)
+        (values, several), stack = jax.vmap(gradient_of, (None, 0, 0))(state.params, *parts)
         gradient = guard.aggregate(stack, jax.random.fold_in(key, 2))
-        stats = jax.tree.map(lambda x: x.mean(0), several)
+        value, stats = values.mean(), jax.tree.map(lambda x: x.mean(0), several)
     else:
-        gradient, stats = gradient_of(state.params, images, targets)
+        (value, stats), gradient = gradient_of(state.params, images, targets)
     optimizer = _guarded(make_optimizer(recipe, run.num_steps), guard)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params, value=value)
     return TrainState(optax.apply_updates(state.params, updates), stats, optimizer_state)
 
 
 def _guarded(
     optimizer: optax.GradientTransformation, guard: Guard | None
-) -> optax.GradientTransformation:
-    return optimizer if guard is None else guard.transform(optimizer)
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that also takes the loss, whether it reads it or not."""
+    return optax.with_extra_args_support(optimizer if guard is None else guard.transform(optimizer))
 
 
 def augment(
@@ -302,43 +303,6 @@ def augment(
 
         images = jax.vmap(crop)(padded, shifts)
     return images
-
-
-def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
-    """The recipe's optimizer with its schedule over `num_steps` steps.
-
-    Raises:
-        UserError: no optax optimizer of that name, or one that takes other arguments.
-    """
-    named: Callable[..., optax.GradientTransformation] | None
-    named = getattr(optax, recipe.optimizer, None)
-    if named is None:
-        known = [name for name in dir(optax) if name.islower() and not name.startswith("_")]
-        raise unknown_name("optax optimizer", recipe.optimizer, known)
-    try:
-        optimizer = named(learning_rate_schedule(recipe, num_steps), **dict(recipe.optimizer_options))
-        if not isinstance(optimizer, optax.GradientTransformation):
-            raise TypeError("it is no optimizer with a learning rate")
-    except (TypeError, AttributeError) as error:
-        raise UserError(
-            f"optimizer {recipe.optimizer} does not take {dict(recipe.optimizer_options)}: {error}"
-        ) from None
-    if not recipe.weight_decay:
-        return optimizer
-    decay = optax.add_decayed_weights(
-        recipe.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    )
-    return optax.chain(decay, optimizer)
-
-
-def learning_rate_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
-    """Step number to learning rate."""
-    peak = recipe.learning_rate
-    if recipe.schedule == "constant":
-        return optax.constant_schedule(peak)
-    knots = (0.0, recipe.peak_at * num_steps, float(num_steps))
-    values = (peak * recipe.start_factor, peak, peak * recipe.final_factor)
-    return lambda t: jnp.interp(t, jnp.array(knots), jnp.array(values))
 
 
 def logits(

@@ -1,0 +1,1 @@
+"""Where learned optimizers are trained: their tasks, and what estimates their gradients."""

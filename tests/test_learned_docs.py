@@ -1,0 +1,56 @@
+"""The page on learned optimizers: its example runs, its commands exist, its figures are recorded."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from commandline import Run
+from docpages import DOCS, commands
+
+from poisonbench.metatraining.experiment import MetaTraining
+
+PAGE = "learned-optimizers.md"
+
+
+def test_the_example_runs() -> None:
+    commands(PAGE)  # skips outside of a checkout
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / PAGE).read_text("utf-8"), re.DOTALL)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    gradients = jax.tree.map(jnp.ones_like, params)
+    names: dict[str, Any] = {"params": params, "gradients": gradients, "loss": 1.0}
+    exec(compile(code, PAGE, "exec"), names)
+    assert names["params"]["w"].shape == (3, 2)
+    assert not jnp.array_equal(names["params"]["w"], params["w"])
+
+
+def test_the_commands_are_commands(command: Run) -> None:
+    """Every verb is there, and has every option that the page names."""
+    typed = commands(PAGE)
+    assert typed
+    said = re.findall(r"`(?:poisonbench )?([a-z]*) ?(--[a-z-]+)", (DOCS / PAGE).read_text("utf-8"))
+    verbs = ("metatrain", "optimizers", "run", "transfer")
+    known = "".join(command(verb, "--help")[1] for verb in verbs)
+    for words in typed:
+        assert command(words[0], "--help")[0] == 0
+        for option in (word for word in words if word.startswith("--")):
+            assert option in command(words[0], "--help")[1]
+    for _, option in said:
+        assert option in known, option
+
+
+def test_the_figures_are_those_of_the_records() -> None:
+    commands(PAGE)
+    page = (DOCS / PAGE).read_text("utf-8")
+    for name in ("velo", "mlp_opt"):
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` | ")]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        folder = DOCS.parent / "results" / "metatraining" / name
+        record = MetaTraining.load(folder / "metatraining.json")
+        lengths = record.schedule["min_unroll"], record.schedule["max_unroll"]
+        assert cells[2] == f"{lengths[0]} to {lengths[1]} steps"
+        assert cells[3:] == [f"{np.mean(record.scores):.2f}", f"{np.mean(record.adam):.2f}"]
+    assert all(len(line) <= 110 or line.startswith("|") for line in page.splitlines())
