@@ -236,18 +236,13 @@ def _start(request: Request) -> Any:
 def _identity(request: Request, start: Any, names: Sequence[str]) -> str:
     decides = [
         str(request.optimizer), request.estimator, str(request.strategy), asdict(request.schedule),
-        request.objective, names, _hash(start),
+        request.objective, names, None if start is None else weights.digest(start),
     ]  # fmt: skip
     return content_hash(np.frombuffer(json.dumps(decides).encode(), np.uint8))
 
 
 def _sizes(optimizer: Any) -> dict[str, Any]:
     return asdict(optimizer)
-
-
-def _hash(start: Any) -> str | None:
-    leaves = jax.tree.leaves(start)
-    return content_hash(*(np.asarray(x) for x in leaves)) if leaves else None
 
 
 def _recorded(
@@ -266,7 +261,7 @@ def _recorded(
         estimator={"name": request.estimator, **asdict(request.strategy)},
         schedule=asdict(request.schedule),
         objective=request.objective,
-        start=_hash(start),
+        start=None if start is None else weights.digest(start),
         augmented=request.augmented,
         tasks=[task.name for task, _ in bank],
         held_out=[task.name for task, _ in held_out],

@@ -12,6 +12,7 @@ and `gsutil cp` (or a browser) fetches them; NAME is for instance
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -122,6 +123,15 @@ def packaged(name: str) -> tuple[LearnedOptimizer, Weights]:
     family(name)  # so that an unknown name is told as such
     with resources.as_file(resources.files("poisonbench.optimizers") / f"{name}.safetensors") as path:
         return load_weights(path)
+
+
+def digest(weights: Weights) -> str:
+    """SHA-256 of every array with its place, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, array in _flat(weights):
+        found.update(f"{name}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array, "<f4").tobytes())
+    return found.hexdigest()
 
 
 def _load_ours(path: Path) -> tuple[LearnedOptimizer, Weights]:

@@ -8,7 +8,6 @@ truth, 0.3 times and 3 times the truth.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from jaxtyping import Array
 
 from poisonbench.errors import UserError, unknown_name
 from poisonbench.optimizers import FAMILIES, LearnedOptimizer
-from poisonbench.optimizers.weights import load_weights, packaged
+from poisonbench.optimizers.weights import digest, load_weights, packaged
 
 Knob = Literal["learning_rate", "stated_steps"]
 
@@ -108,18 +107,6 @@ def of_weights(optimizer: LearnedOptimizer, weights: Any, name: str) -> Contende
         return optimizer.transformation(stated * num_steps, weights)  # type: ignore[arg-type]
 
     config = {
-        "family": optimizer.name, "sizes": asdict(optimizer), "weights": _hash(weights),  # type: ignore[call-overload]
+        "family": optimizer.name, "sizes": asdict(optimizer), "weights": digest(weights),  # type: ignore[call-overload]
     }  # fmt: skip
     return Contender(name, "stated_steps", STATED, config, build, weights)
-
-
-def _hash(weights: Any) -> str:
-    """SHA-256 of every array with its place."""
-    import jax
-    import numpy as np
-
-    digest = hashlib.sha256()
-    for path, array in jax.tree_util.tree_leaves_with_path(weights):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(array, np.float32).tobytes())
-    return digest.hexdigest()
