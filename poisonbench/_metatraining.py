@@ -68,7 +68,7 @@ def metatrain(
     """Learn the weights of an optimizer on many small trainings.
 
     Needs no download: images of digits, and synthetic ones that random networks label. The same command
-    goes on where it was killed, and ends with the same bytes.
+    goes on where it was killed, and ends with the same weights.
     """
     if optimizer != "velo" and (bank is not None or bank_scale is not None):
         raise UserError(f"--bank and --bank-scale are VeLO's; leave them out for {optimizer}")

@@ -375,6 +375,15 @@ MISTAKES = [
 ]
 
 
+def test_transfer_victims_are_measured_where_they_are_named() -> None:
+    tiny = request().setting
+    assert request(names=("velo", "smooth")).recipes == {
+        "velo": tiny.track.transfer["velo"],
+        "smooth": tiny.recipes["smooth"],
+    }
+    assert list(request(names=()).recipes) == ["smooth", "standard"]
+
+
 @pytest.mark.parametrize(("mistake", "hint"), MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(mistake: str, hint: str, command: Run) -> None:
     Path("file").write_text("no folder")

@@ -1,4 +1,4 @@
-"""What a learned optimizer refuses, said once."""
+"""Where learned optimizers meet the rest: what comes in, what is refused, and what goes out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from poisonbench.errors import UserError
 
 PyTree = Any
 Tensors = list[Array]
+GRADIENT_BOUND = 1000.0
 
 
 def require_num_steps(num_steps: object) -> None:
@@ -60,6 +61,18 @@ def tensors(tree: PyTree, what: str, like: Tensors | None = None) -> Tensors:
     if like is not None and [x.shape for x in found] != [x.shape for x in like]:
         raise UserError(f"{what} do not have the shapes of the parameters")
     return found
+
+
+def cut(gradients: Tensors) -> Tensors:
+    """Gradients within ±1000, element by element."""
+    return [jnp.clip(g, -GRADIENT_BOUND, GRADIENT_BOUND) for g in gradients]
+
+
+def shaped_like(params: PyTree, moves: Tensors) -> PyTree:
+    """What is to be added to each parameter, in the structure and the shapes of the parameters."""
+    leaves, structure = jax.tree.flatten(params)
+    shaped = [move.reshape(jnp.shape(leaf)) for move, leaf in zip(moves, leaves, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
 
 
 def require_loss(value: object, dtype: Any) -> Array:

@@ -28,11 +28,17 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from poisonbench.errors import UserError
 from poisonbench.optimizers import moments
-from poisonbench.optimizers.checks import PyTree, require_num_steps, require_shapes, tensors
+from poisonbench.optimizers.checks import (
+    PyTree,
+    cut,
+    require_num_steps,
+    require_shapes,
+    shaped_like,
+    tensors,
+)
 from poisonbench.optimizers.initialise import Weights, linear
 from poisonbench.optimizers.velo import (
     FACTORED_DECAYS,
-    GRADIENT_BOUND,
     MOMENTUM_DECAYS,
     SECOND_MOMENT_DECAYS,
 )
@@ -137,18 +143,14 @@ def mlp_opt(num_steps: int | Array, weights: Weights) -> optax.GradientTransform
         updates: PyTree, state: MLPState, params: PyTree = None, **_: Any
     ) -> tuple[PyTree, MLPState]:
         p = tensors(params, "parameters")
-        clipped = [
-            jnp.clip(g, -GRADIENT_BOUND, GRADIENT_BOUND) for g in tensors(updates, "gradients", p)
-        ]
+        clipped = cut(tensors(updates, "gradients", p))
         decays = _decays(weights, p[0].dtype)
         averages = [moments.update(m, g, decays) for m, g in zip(state.moments, clipped, strict=True)]
         time = jnp.tanh(state.step / jnp.array(TIMESCALES, p[0].dtype) - 1)
         steps = [
             _step(weights["mlp"], time, m, g, x) for m, g, x in zip(averages, clipped, p, strict=True)
         ]
-        leaves, structure = jax.tree.flatten(params)
-        shaped = [s.reshape(jnp.shape(leaf)) for s, leaf in zip(steps, leaves, strict=True)]
-        return jax.tree.unflatten(structure, shaped), MLPState(state.step + 1, tuple(averages))
+        return shaped_like(params, steps), MLPState(state.step + 1, tuple(averages))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

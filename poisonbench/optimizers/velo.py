@@ -18,7 +18,7 @@ of state; and an LSTM step for each tensor. Where the gradient itself costs litt
 When not to use it: above some hundred million parameters or some hundred thousand steps, which it was
 not trained for, and where the loss is not a loss (it is read for progress).
 
-Two channels of the tensor input and one layer of the weights look like slips of the original (see
+A part of the tensor input and one layer of the weights look like slips of the original (see
 `_tensor_input` and `linear`); they are kept, since released weights were trained with them.
 
 References:
@@ -41,14 +41,15 @@ from poisonbench.errors import UserError
 from poisonbench.optimizers import moments
 from poisonbench.optimizers.checks import (
     PyTree,
+    cut,
     require_loss,
     require_num_steps,
     require_shapes,
+    shaped_like,
     tensors,
 )
 from poisonbench.optimizers.initialise import Weights, linear, normal
 
-GRADIENT_BOUND = 1000.0
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 SECOND_MOMENT_DECAYS = (0.999,)
 FACTORED_DECAYS = (0.9, 0.99, 0.999)
@@ -245,7 +246,7 @@ def step(
 ) -> tuple[PyTree, VeLOState, Trace]:
     """One update, with what was computed on the way; arguments as in `velo`."""
     p = tensors(params, "parameters")
-    clipped = [jnp.clip(g, -GRADIENT_BOUND, GRADIENT_BOUND) for g in tensors(gradients, "gradients", p)]
+    clipped = cut(tensors(gradients, "gradients", p))
     loss = require_loss(value, p[0].dtype)
 
     losses, loss_features = _observe(state.losses, loss, state.step, num_steps)
@@ -269,11 +270,9 @@ def step(
         mlp_in.append(inputs)
         mlp_out.append(outputs)
 
-    leaves, structure = jax.tree.flatten(params)
-    shaped = [s.reshape(jnp.shape(leaf)) for s, leaf in zip(steps, leaves, strict=True)]
     new = VeLOState(state.step + 1, losses, hidden, cell, tuple(averages))
     trace = Trace(lstm_in, controls, lr_mult, loss_features, tuple(mlp_in), tuple(mlp_out))
-    return jax.tree.unflatten(structure, shaped), new, trace
+    return shaped_like(params, steps), new, trace
 
 
 def loss_decays(num_steps: int | Array) -> Float[Array, " 10"]:
