@@ -10,6 +10,8 @@ Claims of `poisonbench.metatraining.estimators` and `unroll` tested here:
 - an exact gradient is that of plain reverse mode through a scan, for either objective, also by what an
   optimizer's first state is made of, with the states that memory is short of, and where the program
   is that of longer runs;
+- a truncated gradient is that of each window's mean loss with the state it begins from held fixed, and of
+  the whole run where the window is; a run that has ended or broken is followed by another;
 - both runs of a pair see the same initial parameters and batches;
 - differences and gradients that are not finite count as 0 and are counted;
 - the cost is what was stepped.
@@ -27,7 +29,7 @@ from metatoys import DATA, LearnedMomentum, LearnedRate, Parabola, loss_of_rate,
 
 from poisonbench.errors import UserError
 from poisonbench.metatraining import estimators
-from poisonbench.metatraining.estimators import ES, PES, Cost, Exact
+from poisonbench.metatraining.estimators import ES, PES, Cost, Exact, Truncated
 from poisonbench.metatraining.unroll import Problem
 
 THETA = -1.0
@@ -130,6 +132,59 @@ def test_exact_is_reverse_mode_through_a_scan(objective: str, optimizer: Any) ->
         assert np.abs(gradients["first"]).min() > 1e-4
 
 
+@pytest.mark.parametrize("optimizer", [LearnedRate(), LearnedMomentum()])
+@pytest.mark.parametrize("window", [3, 9])
+def test_truncated_is_reverse_mode_that_stops_between_windows(window: int, optimizer: Any) -> None:
+    of = problem("mean", optimizer, spread=0.7)
+    weights, num_steps = optimizer.init(jax.random.key(5)), 9
+    keys = jax.random.split(jax.random.key(2), 3)
+
+    def plain(weights: Any, key: Any) -> Any:
+        run = of.run(num_steps, key)
+        state, losses = run.start(weights), []
+        for start in range(0, num_steps, window):
+            before = jax.lax.stop_gradient(state) if start else state
+            state = run.advance(before, start, start + window, weights)
+            losses.append((state.total - before.total) / window)
+        return jnp.stack(losses)
+
+    values = jax.jit(jax.vmap(plain, (None, 0)))(weights, keys)
+    gradients = jax.jit(jax.vmap(jax.jacrev(plain), (None, 0)))(weights, keys)
+    estimator = Truncated(window)
+    carry = estimators.begin(estimator, of, weights, keys)
+    for i in range(num_steps // window):
+        # The key of a window that goes on decides nothing.
+        own = keys if i == 0 else jax.random.split(jax.random.key(i), 3)
+        found = estimators.estimates(estimator, of, weights, num_steps, own, carry)
+        carry = found.carry
+        np.testing.assert_allclose(found.loss, values[:, i], rtol=1e-5)
+        for name in weights:
+            np.testing.assert_allclose(
+                found.gradient[name], gradients[name][:, i], rtol=1e-4, atol=1e-6
+            )
+    whole = estimators.estimates(Exact(), of, weights, num_steps, keys, ())
+    alike = [np.allclose(gradients[n].mean(1), whole.gradient[n], rtol=1e-4) for n in weights]
+    assert all(alike) == (window == num_steps)
+
+
+def test_truncated_begins_anew_where_a_run_ends_or_breaks() -> None:
+    estimator, of = Truncated(2), problem("mean", spread=0.5)
+    keys = jax.random.split(jax.random.key(0), 4)[:, None]
+    carry = estimators.begin(estimator, of, WEIGHTS, keys[0])
+    seen = []
+    for i, key in enumerate(keys):
+        if i == 3:
+            broken = jax.tree.map(lambda x: x * jnp.nan, carry.state.params)
+            carry = carry._replace(state=carry.state._replace(params=broken))
+        found = estimators.estimates(estimator, of, WEIGHTS, 5, key, carry)
+        carry = found.carry
+        seen.append((int(carry.t[0]), int(carry.num_steps[0])))
+        assert int(found.broken[0]) == 0
+    assert seen == [(2, 6), (4, 6), (6, 6), (2, 6)]
+    again = estimators.estimates(estimator, of, WEIGHTS, 5, keys[3], carry._replace(t=jnp.array([6])))
+    np.testing.assert_array_equal(again.gradient["log_rate"], found.gradient["log_rate"])
+
+
 def test_a_pair_differs_by_the_weights_alone() -> None:
     of = problem(spread=1.0)
     keys = jax.random.split(jax.random.key(3), 50)
@@ -144,7 +199,7 @@ def test_a_pair_differs_by_the_weights_alone() -> None:
 
 def test_what_is_not_finite_counts_as_nothing() -> None:
     weights = {"log_rate": jnp.array([60.0])}
-    for estimator in (ES(0.1, pairs=3), PES(0.1, 8), Exact()):
+    for estimator in (ES(0.1, pairs=3), PES(0.1, 8), Exact(), Truncated(8)):
         of = problem("mean")
         keys = jax.random.split(jax.random.key(0), 2)
         carry = estimators.begin(estimator, of, weights, keys)
@@ -157,6 +212,7 @@ def test_cost_is_what_was_stepped() -> None:
     assert ES(pairs=3).cost(50) == Cost(300)
     assert PES(truncation=10).cost(50) == Cost(20)
     assert Exact().cost(50) == Cost(50, 50)
+    assert Truncated(10).cost(50) == Cost(10, 10)
     assert Cost(50, 50).in_steps(2.5) == 175
 
 
@@ -164,6 +220,7 @@ def test_sizes_that_cannot_be() -> None:
     assert estimators.make("es-sign", pairs=2) == ES(pairs=2, signed=True)
     assert estimators.make("pes", truncation=5) == PES(truncation=5)
     assert estimators.make("exact") == Exact()
+    assert estimators.make("truncated", truncation=5) == Truncated(5)
     with pytest.raises(UserError, match="--sigma must be positive"):
         estimators.make("es", sigma=0.0)
     with pytest.raises(UserError, match="at least 1"):

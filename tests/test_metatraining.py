@@ -6,6 +6,7 @@ Claims of `poisonbench.metatraining.loop` and `experiment`, and of the verb, tes
 - a loop cut anywhere and started again ends with the state of one that was not, PES's runs included;
 - another meta-training's checkpoint is refused; `fresh` starts over with the same bytes;
 - lengths lie between the least and a longest that grows, log-uniform;
+- runs weigh the same, whether the squares of their gradients fit float32 or not;
 - what is kept is the best by validation, not the last;
 - broken estimates are counted in the record, and weights stay finite;
 - the verb writes weights that load, a record and a picture, says them as JSON, and does nothing twice;
@@ -55,7 +56,7 @@ def rate(trained: Trained) -> float:
     return float(jnp.exp(trained.weights["log_rate"][0]))
 
 
-@pytest.mark.parametrize("name", ["es", "es-sign", "pes", "exact"])
+@pytest.mark.parametrize("name", ["es", "es-sign", "pes", "exact", "truncated"])
 def test_every_estimator_learns_the_rate(name: str, tmp_path: Path) -> None:
     trained = trainer(name).train(tmp_path / "c.safetensors", "x")
     # Curvatures 1 and 2: the fastest stable rates are 1 and 1/2; the start is 0.018.
@@ -64,7 +65,7 @@ def test_every_estimator_learns_the_rate(name: str, tmp_path: Path) -> None:
     assert trained.steps.shape == (60, len(loop.COLUMNS))
 
 
-@pytest.mark.parametrize("name", ["pes", "exact"])
+@pytest.mark.parametrize("name", ["pes", "exact", "truncated"])
 def test_cut_and_begun_again_it_ends_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,15 @@ def test_the_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         trained.weights["log_rate"], found.start["log_rate"] + 0.1 * best[0], rtol=1e-3
     )
     assert trained.last["log_rate"] > trained.weights["log_rate"]
+
+
+def test_every_run_weighs_the_same_however_long_its_gradient() -> None:
+    gradients = {
+        "a": jnp.array([[3e30, 0], [0, 0], [3e-25, 0], [0, 0.6]]), "b": jnp.array([4e30, 0, 4e-25, 0.8]),
+    }  # fmt: skip
+    found = loop._mean(gradients, unit=True)
+    np.testing.assert_allclose(found["a"], [0.3, 0.15], rtol=1e-5)
+    np.testing.assert_allclose(found["b"], 0.6, rtol=1e-5)
 
 
 def test_broken_estimates_are_counted(tmp_path: Path) -> None:
@@ -202,6 +212,7 @@ def test_the_verb(command: Run) -> None:
         (["--family", "convs"], "conv"),
         (["--dataset", "digit"], "digits"),
         (["--estimator", "pes", "--objective", "final"], "pes estimates the mean"),
+        (["--estimator", "truncated", "--objective", "final"], "truncated estimates the mean"),
         (["--from", "nowhere"], "nowhere"),
         (["--out", "/dev/null/x"], "/dev/null"),
     ],

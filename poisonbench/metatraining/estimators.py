@@ -13,6 +13,9 @@ and `ε ~ N(0, σ²I)`:
   mean over a run's truncations is without bias where the mean over its steps is the meta-loss, and θ may
   change between them.
 - `Exact`, a metagradient of the unsmoothed loss by this package's engine.
+- `Truncated`, the same of `truncation` steps of a run at a time, with the state that they begin from taken
+  as given. No gradient passes through more steps than that, so none explodes with the length of the run;
+  but what the weights do to losses beyond the window goes unseen, which is a bias towards haste.
 
 Both runs of a pair have the same data and initial parameters. What is not finite is no evidence: a
 difference becomes 0, and so do all entries of an exact gradient that has one that is not.
@@ -36,10 +39,19 @@ from jaxtyping import Array
 
 from poisonbench.errors import UserError
 from poisonbench.metagradient import metagradient, plan, state_bytes
-from poisonbench.metatraining.unroll import InnerState, MetaLoss, Problem, PyTree, Stopping, Weights
+from poisonbench.metatraining.unroll import (
+    InnerState,
+    Later,
+    MetaLoss,
+    Problem,
+    PyTree,
+    Stopping,
+    Weights,
+    WindowLoss,
+)
 
 DEFAULT_SIGMA = 0.01
-Name = Literal["es", "es-sign", "pes", "exact"]
+Name = Literal["es", "es-sign", "pes", "exact", "truncated"]
 
 
 @dataclass(frozen=True)
@@ -189,10 +201,7 @@ class PES:
         draw, fresh = jax.random.split(key)
         epsilon = _noise(draw, weights, self.sigma)
         ended = carry.t >= carry.num_steps
-        whole = -(-jnp.asarray(num_steps, jnp.int32) // self.truncation) * self.truncation
-        length = jnp.where(ended, whole, carry.num_steps)
-        identity = jnp.where(ended, fresh, carry.key)
-        t = jnp.where(ended, 0, carry.t)
+        length, identity, t = _going_on(carry, ended, num_steps, self.truncation, fresh)
         noise = jax.tree.map(lambda old, new: jnp.where(ended, 0, old) + new, carry.noise, epsilon)
         run = problem.run(length, identity)
 
@@ -248,7 +257,7 @@ class Exact:
         loss, gradient = metagradient(
             step, MetaLoss(run), run.start(weights), last, weights, memory=self.memory
         )
-        finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves((loss, gradient))]).all()
+        finite = _all_finite((loss, gradient))
         gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
         return Estimate(loss, gradient, (~finite).astype(jnp.int32), carry)
 
@@ -263,6 +272,65 @@ class Exact:
         return Cost(planned.forward, planned.differentiated)
 
 
+class UnderWay(NamedTuple):
+    """A run under way.
+
+    Attributes:
+        state: of the run.
+        t: steps taken, int32.
+        num_steps: of this run, int32.
+        key: of its data and initial parameters.
+    """
+
+    state: InnerState
+    t: Any
+    num_steps: Any
+    key: Any
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """The gradient of a window of a run, which begins where the last one ended.
+
+    The meta-loss is always the mean over steps, and a run's length is rounded up to whole windows. A run
+    whose parameters are no longer finite is given up, and the next window begins another.
+
+    Attributes:
+        truncation: steps of a window.
+        memory: bytes that the states kept for the way back may take; past it, steps are repeated.
+    """
+
+    truncation: int = 10
+    memory: int = 2**28
+    static_length: ClassVar[bool] = False
+
+    def begin(self, problem: Problem, weights: Weights, key: Any) -> UnderWay:
+        """A run that has ended, so that the first estimate begins a new one."""
+        length = jnp.int32(self.truncation)
+        return UnderWay(problem.run(length, key).start(weights), length, length, key)
+
+    def __call__(
+        self, problem: Problem, weights: Weights, num_steps: Any, key: Any, carry: UnderWay
+    ) -> Estimate:
+        """Differentiate the next window; `num_steps` is the next run's length."""
+        ended = (carry.t >= carry.num_steps) | ~_all_finite(carry.state.params)
+        length, identity, t = _going_on(carry, ended, num_steps, self.truncation, key)
+        run = problem.run(length, identity)
+        state = jax.tree.map(partial(jnp.where, ended), run.start(weights), carry.state)
+        (loss, state), gradient = metagradient(
+            Later(run, t), WindowLoss(state.total, self.truncation), state, self.truncation, weights,
+            memory=self.memory, has_aux=True,
+        )  # fmt: skip
+        finite = _all_finite((loss, gradient))
+        gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
+        after = UnderWay(state, t + self.truncation, length, identity)
+        return Estimate(loss, gradient, (~finite).astype(jnp.int32), after)
+
+    def cost(self, num_steps: int) -> Cost:
+        """One window forward and differentiated, however long the run."""
+        return Cost(self.truncation, self.truncation)
+
+
 def make(
     name: str,
     *,
@@ -270,8 +338,8 @@ def make(
     pairs: int = 1,
     truncation: int = 10,
     longest: int | None = None,
-) -> ES | PES | Exact:
-    """The estimator of this name: `es`, `es-sign`, `pes` or `exact`; `longest` is for the last.
+) -> ES | PES | Exact | Truncated:
+    """The estimator of this name, one of `Name`; `longest` is for `exact`.
 
     Raises:
         UserError: a size that cannot be.
@@ -284,6 +352,8 @@ def make(
         return Exact(longest)
     if name == "pes":
         return PES(sigma, truncation)
+    if name == "truncated":
+        return Truncated(truncation)
     return ES(sigma, pairs, signed=name == "es-sign")
 
 
@@ -326,6 +396,22 @@ def _noise(key: Any, weights: Weights, sigma: float) -> PyTree:
     keys = jax.random.split(key, len(leaves))
     drawn = [sigma * jax.random.normal(k, w.shape, w.dtype) for k, w in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, drawn)
+
+
+def _going_on(
+    carry: Particle | UnderWay, ended: Array, num_steps: Any, truncation: int, fresh: Any
+) -> tuple[Array, Any, Array]:
+    """Length, key and first step of the next truncation, of a new run where the last has ended."""
+    whole = -(-jnp.asarray(num_steps, jnp.int32) // truncation) * truncation
+    return (
+        jnp.where(ended, whole, carry.num_steps),
+        jnp.where(ended, fresh, carry.key),
+        jnp.where(ended, 0, carry.t),
+    )
+
+
+def _all_finite(tree: PyTree) -> Array:
+    return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def _finite(differences: Array) -> tuple[Array, Array]:

@@ -303,9 +303,12 @@ def _mean(gradients: PyTree, unit: bool) -> PyTree:
 
 @jax.jit
 def _unit_mean(gradients: PyTree) -> PyTree:
-    norms = jnp.sqrt(sum((g**2).reshape(len(g), -1).sum(1) for g in jax.tree.leaves(gradients)))
-    scale = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
-    return jax.tree.map(lambda g: jnp.tensordot(scale, g, 1) / len(g), gradients)
+    # By the largest entry first: squares of what long runs give do not fit float32.
+    largest = jax.vmap(lambda g: optax.tree.norm(g, ord=jnp.inf))(gradients)
+    divided = jax.vmap(optax.tree.scale)(1 / jnp.where(largest > 0, largest, 1), gradients)
+    norms = jax.vmap(optax.tree.norm)(divided)
+    scale = 1 / jnp.where(norms > 0, norms, 1)
+    return jax.tree.map(lambda g: jnp.tensordot(scale, g, 1) / len(g), divided)
 
 
 def _note(state: dict[str, Any]) -> str:

@@ -143,6 +143,37 @@ class Stopping:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Later:
+    """A run's steps from `start` on, counted from 0."""
+
+    run: Run
+    start: Any
+
+    def __call__(self, state: InnerState, t: Any, weights: Weights) -> InnerState:
+        """Step `start + t`."""
+        return self.run(state, self.start + t, weights)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WindowLoss:
+    """Mean of the losses of the last `num_steps` steps, and the state, as an objective with aux.
+
+    Attributes:
+        before: the state's `total` where they began.
+        num_steps: of them.
+    """
+
+    before: Any
+    num_steps: int = field(metadata={"static": True})
+
+    def __call__(self, state: InnerState) -> tuple[Array, InnerState]:
+        """The mean loss, and the state as it is."""
+        return (state.total - self.before) / self.num_steps, state
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class MetaLoss:
     """`run.loss` as an objective of the metagradient engine."""
 
