@@ -49,7 +49,9 @@ def metatrain(
     tasks_per_step: Annotated[int, typer.Option(help="Tasks in a meta-step.")] = 2,
     runs: Annotated[int, typer.Option(help="Runs of each of them.")] = 4,
     pairs: Annotated[int, typer.Option(help="Antithetic pairs of a run, for es and es-sign.")] = 1,
-    truncation: Annotated[int, typer.Option(help="Inner steps of an estimate by pes or truncated.")] = 20,
+    truncation: Annotated[
+        int, typer.Option(help="Inner steps of an estimate by pes or truncated.")
+    ] = 20,
     sigma: Annotated[float, typer.Option(help="Perturbation of the weights by es and pes.")] = 0.01,
     min_unroll: Annotated[int, typer.Option(help="Inner steps of the shortest run.")] = 30,
     max_unroll: Annotated[int, typer.Option(help="Of the longest, from half the meta-steps on.")] = 300,

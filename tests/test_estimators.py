@@ -10,8 +10,8 @@ Claims of `poisonbench.metatraining.estimators` and `unroll` tested here:
 - an exact gradient is that of plain reverse mode through a scan, for either objective, also by what an
   optimizer's first state is made of, with the states that memory is short of, and where the program
   is that of longer runs;
-- a truncated gradient is that of each window's mean loss with the state it begins from held fixed, and of
-  the whole run where the window is; a run that has ended or broken is followed by another;
+- a truncated gradient is that of each window's mean loss with the state it begins from held fixed, and
+  of the whole run where the window is; a run that has ended or broken is followed by another;
 - both runs of a pair see the same initial parameters and batches;
 - differences and gradients that are not finite count as 0 and are counted;
 - the cost is what was stepped.
@@ -159,9 +159,7 @@ def test_truncated_is_reverse_mode_that_stops_between_windows(window: int, optim
         carry = found.carry
         np.testing.assert_allclose(found.loss, values[:, i], rtol=1e-5)
         for name in weights:
-            np.testing.assert_allclose(
-                found.gradient[name], gradients[name][:, i], rtol=1e-4, atol=1e-6
-            )
+            np.testing.assert_allclose(found.gradient[name], gradients[name][:, i], rtol=1e-4, atol=1e-6)
     whole = estimators.estimates(Exact(), of, weights, num_steps, keys, ())
     alike = [np.allclose(gradients[n].mean(1), whole.gradient[n], rtol=1e-4) for n in weights]
     assert all(alike) == (window == num_steps)

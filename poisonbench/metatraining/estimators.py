@@ -13,9 +13,9 @@ and `ε ~ N(0, σ²I)`:
   mean over a run's truncations is without bias where the mean over its steps is the meta-loss, and θ may
   change between them.
 - `Exact`, a metagradient of the unsmoothed loss by this package's engine.
-- `Truncated`, the same of `truncation` steps of a run at a time, with the state that they begin from taken
-  as given. No gradient passes through more steps than that, so none explodes with the length of the run;
-  but what the weights do to losses beyond the window goes unseen, which is a bias towards haste.
+- `Truncated`, the same of `truncation` steps of a run at a time, with the state that they begin from
+  taken as given. No gradient passes through more steps than that, so none explodes with the length of
+  the run; but what the weights do to losses beyond the window goes unseen, a bias towards haste.
 
 Both runs of a pair have the same data and initial parameters. What is not finite is no evidence: a
 difference becomes 0, and so do all entries of an exact gradient that has one that is not.
