@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.report import _Frozen
 from poisonbench.metatraining import estimators
-from poisonbench.metatraining.estimators import ES, PES, Estimate, Exact
+from poisonbench.metatraining.estimators import ES, PES, Estimate, Exact, Truncated
 from poisonbench.metatraining.unroll import Problem, Weights
 
 TOGETHER = 16
@@ -97,8 +97,8 @@ class Sample:
 
 
 def sample(estimator: Any, problem: Problem, weights: Weights, num_steps: int, draws: int) -> Sample:
-    """Independent estimates; those of PES are means over the truncations of a whole run."""
-    calls = -(-num_steps // estimator.truncation) if isinstance(estimator, PES) else 1
+    """Independent estimates; those of a part of a run are means over the parts of a whole one."""
+    calls = _parts(estimator, num_steps)
     found, broken = [], 0
     for i in range(-(-draws // TOGETHER)):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(17), i), (calls + 1, TOGETHER))
@@ -214,22 +214,28 @@ def _flat(gradients: Any) -> np.ndarray:
 
 
 def strategies(sigma: float, num_steps: int, longest: int | None = None) -> dict[str, Any]:
-    """The estimators that are compared; PES in truncations of a tenth of a run, at least 10 steps.
+    """The estimators that are compared; truncations are a tenth of a run, at least 10 steps.
 
     Exact gradients of all runs up to `longest` share a program.
     """
+    truncation = max(10, num_steps // 10)
     return {
         "exact": Exact(longest or num_steps),
         "es": ES(sigma),
         "es-sign": ES(sigma, signed=True),
-        "pes": PES(sigma, max(10, num_steps // 10)),
+        "pes": PES(sigma, truncation),
+        "truncated": Truncated(truncation),
     }
 
 
 def cost(estimator: Any, num_steps: int, factor: float) -> float:
     """Of one whole-run estimate, in forward steps."""
-    calls = -(-num_steps // estimator.truncation) if isinstance(estimator, PES) else 1
-    return float(calls * estimator.cost(num_steps).in_steps(factor))
+    return float(_parts(estimator, num_steps) * estimator.cost(num_steps).in_steps(factor))
+
+
+def _parts(estimator: Any, num_steps: int) -> int:
+    """Estimates that a whole run takes."""
+    return -(-num_steps // estimator.truncation) if isinstance(estimator, PES | Truncated) else 1
 
 
 def as_weights(flat: list[float], like: Weights) -> Weights:

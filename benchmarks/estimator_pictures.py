@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOOKS = {
     "exact": ("#c1432e", "o", "exact metagradient"),
+    "truncated": ("#7a4fa3", "v", "exact, in windows"),
     "es": ("#3b6ea5", "s", "ES"),
     "es-sign": ("#9a7b1f", "^", "ES by signs"),
     "pes": ("#3a8f5c", "D", "PES"),

@@ -3,8 +3,9 @@
     python -m benchmarks.estimators
 
 writes `estimators.json`, `gradients.png` and `race.png` to `--out`. Estimators: exact metagradients of
-the unsmoothed loss, antithetic ES, ES by signs, and PES (`poisonbench.metatraining.estimators`); the
-subject is the small MLP optimizer on a perceptron of 1,200 parameters, meta-loss the mean over a run.
+the unsmoothed loss, of whole runs and of a tenth of a run at a time; antithetic ES, ES by signs, and PES,
+which takes tenths as well (`poisonbench.metatraining.estimators`). The subject is the small MLP optimizer
+on a perceptron of 1,200 parameters, meta-loss the mean over a run.
 
 1. A race: meta-training from one start by each, with equal compute, at a short and a long run, each at
    several rates of the outer Adam, of which the best counts. Exact gradients of single runs are divided
@@ -14,7 +15,7 @@ subject is the small MLP optimizer on a perceptron of 1,200 parameters, meta-los
    (`estimating.py`): at the start, and at the weights that exact metagradients reached at the long run.
 
 A benchmark that was killed goes on where it was when the same command is given again; a finished one
-starts anew. Cost: about 20 minutes of one core.
+starts anew. Cost: about 25 minutes of one core.
 
 Exit codes: 0, 2 for bad input, 130 where interrupted.
 """
@@ -46,6 +47,8 @@ from poisonbench.progress import Progress
 from poisonbench.records import Hardware, Stored
 
 RESULTS = Path(__file__).parent / "results" / "estimators"
+EXACT = ("exact", "truncated")
+"""Estimators whose gradients are divided by their norms in the race."""
 UNCLIPPED = 1e30
 """Adam makes nothing of a gradient's scale, and a bound would be one on some estimators alone."""
 
@@ -73,14 +76,17 @@ class Sizes:
     most: int = 1024
     race_lengths: tuple[int, ...] = (50, 500)
     budget: int = 120_000
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     width: int = 16
     batch: int = 16
     sigma: float = 0.01
 
     def draws(self, name: str, num_steps: int) -> int:
         """How many estimates at a length; for ES twice as dear, they are pairs."""
-        spent = {"es": self.es_steps / 2, "exact": self.exact_steps}.get(name, self.other_steps / 2)
+        exact = self.exact_steps
+        spent = {"es": self.es_steps / 2, "exact": exact, "truncated": exact}.get(
+            name, self.other_steps / 2
+        )
         return int(np.clip(spent // num_steps, self.least, self.most))
 
 
@@ -277,7 +283,7 @@ class Bench:
         steps = max(2, int(self.sizes.budget / each))
         schedule = Schedule(
             steps=steps, min_unroll=num_steps, max_unroll=num_steps, tasks_per_step=1, runs=runs,
-            learning_rate=rate, clip=UNCLIPPED, normalise="unit" if name == "exact" else "none",
+            learning_rate=rate, clip=UNCLIPPED, normalise="unit" if name in EXACT else "none",
             validate_every=max(1, steps // 12), validation_runs=4,
         )  # fmt: skip
         task = [(self.problem.task, self.problem.data)]

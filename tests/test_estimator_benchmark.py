@@ -5,8 +5,9 @@ Claims of `benchmarks.estimating` and `benchmarks.estimators` tested here:
 - of estimates drawn with a known noise, cosine, noise and their averages come out as they must; signs
   are judged after being brought to the truth's length;
 - two noisy references agree as far as their halves say they can, and not where they differ in truth;
-- samples of ES, of PES by whole runs, and of smoothed exact gradients have the same mean on a toy;
-- a whole run of PES costs what a pair of ES does;
+- samples of ES, of PES by whole runs, and of smoothed exact gradients have the same mean on a toy, and
+  those of windows have another;
+- a whole run of PES costs what a pair of ES does, and one in windows what one exact gradient does;
 - the command writes its record and its pictures, and goes on from what is there (slow); bad input is one
   line.
 """
@@ -27,7 +28,7 @@ if not (ROOT / "benchmarks").is_dir():
 
 from benchmarks import estimating  # noqa: E402
 from benchmarks import estimators as bench  # noqa: E402
-from poisonbench.metatraining.estimators import ES, PES, Cost, Exact  # noqa: E402
+from poisonbench.metatraining.estimators import ES, PES, Cost, Exact, Truncated  # noqa: E402
 from poisonbench.metatraining.unroll import Problem  # noqa: E402
 
 TRUTH = np.random.default_rng(0).normal(size=40)
@@ -86,11 +87,13 @@ def test_samples_have_the_mean_that_they_should() -> None:
         assert found.broken == 0
     assert len(samples[0].gradients) == 500
     assert samples[2].gradients.std() < 0.3 * samples[0].gradients.std()
+    windows = estimating.sample(Truncated(2), problem, weights, steps, 100).gradients
+    assert windows.std() < 0.1 * abs(windows.mean() - slope)
 
 
 def test_costs() -> None:
     assert estimating.cost(ES(), 100, 4.0) == estimating.cost(PES(truncation=10), 100, 4.0) == 200
-    assert estimating.cost(Exact(), 100, 4.0) == 500
+    assert estimating.cost(Truncated(10), 100, 4.0) == estimating.cost(Exact(), 100, 4.0) == 500
     assert estimating.strategies(0.01, 1000)["pes"].truncation == 100
     assert Exact().cost(3) == Cost(3, 3)
 
@@ -115,7 +118,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patched.setattr(bench.Bench, "_leg", lambda *_: pytest.fail("raced again"))
         assert bench.main(["--quick", "--out", str(tmp_path)]) == 0
     record = bench.Comparison.load(tmp_path / "estimators.json")
-    assert {q.estimator for q in record.qualities} == {"exact", "es", "es-sign", "pes"}
+    assert {q.estimator for q in record.qualities} == {"exact", "truncated", "es", "es-sign", "pes"}
     assert {q.num_steps for q in record.qualities} == set(bench.QUICK.lengths)
     assert record.factor > 0
     assert all(leg.compute[-1] <= bench.QUICK.budget for leg in record.race)
