@@ -51,9 +51,17 @@ class Track:
         """Victims that tell how far a poison carries, by name; see `poisonbench.transfer`.
 
         ResNet-9s twice and half as wide as the smooth one, the standard one trained by AdamW and by
-        VeLO, and a plain convolutional network.
+        VeLO, and a plain convolutional network, trained by SGD and by the small MLP optimizer, whose
+        steps are too large for layers as wide as a ResNet's.
         """
         smooth, standard = self.recipes["smooth"], self.recipes["standard"]
+
+        def learned(recipe: Recipe, name: str) -> Recipe:
+            weights = (("weights", LEARNED[name]),)
+            return recipe.replace(optimizer=name, optimizer_options=weights, weight_decay=0.0)
+
+        # Without batch norm half of its seeds do not train at 0.1 (on validation data of digits).
+        plain = standard.replace(network="cnn", learning_rate=min(0.03, standard.learning_rate))
         return {
             "wide": smooth.replace(width=2 * smooth.width),
             "narrow": smooth.replace(width=smooth.width // 2),
@@ -61,11 +69,9 @@ class Track:
                 optimizer="adamw", optimizer_options=(("weight_decay", 1e-2),), learning_rate=0.003,
                 weight_decay=0.0,
             ),
-            # Without batch norm half of its seeds do not train at 0.1 (on validation data of digits).
-            "cnn": standard.replace(network="cnn", learning_rate=min(0.03, standard.learning_rate)),
-            "velo": standard.replace(
-                optimizer="velo", optimizer_options=(("weights", LEARNED["velo"]),), weight_decay=0.0
-            ),
+            "cnn": plain,
+            "velo": learned(standard, "velo"),
+            "mlp_opt": learned(plain, "mlp_opt"),
         }  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def test_scores_lie_beside_the_record(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = transfer.measure(finished.folder, None, tmp_path / "runs", "poisonbench transfer")
-    assert [v.recipe_name for v in measured.victims] == ["wide", "narrow", "adamw", "cnn", "velo"]
+    names = ["wide", "narrow", "adamw", "cnn", "velo", "mlp_opt"]
+    assert [v.recipe_name for v in measured.victims] == names
     assert all(v.seeds == finished.record.victims[0].seeds for v in measured.victims)
     assert measured.poison_hash == finished.record.poison_hash
     stored = json.loads((finished.folder / transfer.FILE).read_text())
@@ -79,7 +80,7 @@ def test_scores_lie_beside_the_record(
     assert (target / transfer.FILE).is_file()
     page = tables.build(tmp_path / "results")[Path("README.md")]
     (header,) = [line for line in page.splitlines() if line.startswith("| attack | wide")]
-    assert header == "| attack | wide | narrow | adamw | cnn | velo |"
+    assert header == "| attack | wide | narrow | adamw | cnn | velo | mlp_opt |"
     assert str(measured.victims[3].drop) in page
 
 

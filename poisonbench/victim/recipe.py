@@ -151,5 +151,5 @@ STANDARD = Recipe(
     weight_decay=5e-4,
 )
 RECIPES: dict[str, Recipe] = {"smooth": SMOOTH, "standard": STANDARD}
-LEARNED = {"velo": "466172f13874", "mlp_opt": "b71225f7dba4"}
+LEARNED = {"velo": "eaffe1d857d7", "mlp_opt": "f77f33267158"}
 """Learned optimizers, and the first twelve digits of the SHA-256 of the weights that come with them."""
