@@ -54,7 +54,10 @@ def metatrain(
     ] = 20,
     sigma: Annotated[float, typer.Option(help="Perturbation of the weights by es and pes.")] = 0.01,
     min_unroll: Annotated[int, typer.Option(help="Inner steps of the shortest run.")] = 30,
-    max_unroll: Annotated[int, typer.Option(help="Of the longest, from half the meta-steps on.")] = 300,
+    max_unroll: Annotated[int, typer.Option(help="Of the longest, once they have grown.")] = 300,
+    ramp: Annotated[
+        float, typer.Option(help="Share of the meta-steps over which runs grow; 0 for none.")
+    ] = 0.5,
     meta_learning_rate: Annotated[float, typer.Option(help="Of Adam on the weights.")] = 1e-3,
     normalise: Annotated[
         Literal["unit", "none"], typer.Option(help="Divide each run's gradient by its norm.")
@@ -91,9 +94,10 @@ def metatrain(
             estimator, sigma=sigma, pairs=pairs, truncation=truncation, longest=max_unroll
         ),
         schedule=Schedule(
-            steps=steps, min_unroll=min_unroll, max_unroll=max_unroll, tasks_per_step=tasks_per_step,
-            runs=runs, learning_rate=meta_learning_rate, clip=clip, normalise=normalise, seed=seed,
-            validate_every=validate_every, validation_runs=validation_runs,
+            steps=steps, min_unroll=min_unroll, max_unroll=max_unroll, ramp=ramp,
+            tasks_per_step=tasks_per_step, runs=runs, learning_rate=meta_learning_rate, clip=clip,
+            normalise=normalise, seed=seed, validate_every=validate_every,
+            validation_runs=validation_runs,
         ),
         objective=objective,
         tasks=tasks,

@@ -5,7 +5,7 @@ Claims of `poisonbench.metatraining.loop` and `experiment`, and of the verb, tes
 - every estimator, through the loop, brings a learned rate on a parabola near the best one;
 - a loop cut anywhere and started again ends with the state of one that was not, PES's runs included;
 - another meta-training's checkpoint is refused; `fresh` starts over with the same bytes;
-- lengths lie between the least and a longest that grows, log-uniform;
+- lengths lie between the least and a longest that grows, or is there from the start, log-uniform;
 - runs weigh the same, whether the squares of their gradients fit float32 or not;
 - what is kept is the best by validation, not the last;
 - broken estimates are counted in the record, and weights stay finite;
@@ -106,6 +106,10 @@ def test_lengths() -> None:
     assert max(drawn) >= 490
     assert all(length % 10 == 0 for length in drawn)
     assert all(schedule.length(0, u) == 30 for u in np.linspace(0, 0.999, 20))
+    steep, flat = (Schedule(steps=100, min_unroll=30, max_unroll=500, ramp=ramp) for ramp in (0.1, 0.0))
+    assert steep.longest(5) == schedule.longest(25)
+    assert steep.longest(10) == 500
+    assert {flat.longest(step) for step in range(100)} == {500}
     middle = np.mean([schedule.length(99, u) < (30 * 500) ** 0.5 for u in np.linspace(0, 1, 500)])
     assert abs(middle - 0.5) < 0.1
 
@@ -212,6 +216,7 @@ def test_the_verb(command: Run) -> None:
         (["--family", "convs"], "conv"),
         (["--dataset", "digit"], "digits"),
         (["--estimator", "pes", "--objective", "final"], "pes estimates the mean"),
+        (["--ramp", "1.5"], "--ramp is a share"),
         (["--estimator", "truncated", "--objective", "final"], "truncated estimates the mean"),
         (["--from", "nowhere"], "nowhere"),
         (["--out", "/dev/null/x"], "/dev/null"),

@@ -5,7 +5,7 @@ are held out. Every meta-step takes some tasks of the bank, for each of them a r
 runs (initial parameters and batches), and from each run one estimate of the gradient (`estimators.py`).
 Each run's gradient is divided by its norm, where asked, so that no task's scale decides; the mean over
 runs is clipped elementwise and given to Adam, whose rate falls by a cosine to a tenth. Lengths are
-log-uniform between the least and a longest that grows geometrically over the first half.
+log-uniform between the least and a longest that grows geometrically over the first half, or as told.
 
 At intervals the weights are judged on the held-out tasks by final loss, always on the same runs; the
 best so judged are what is saved. Everything drawn is a function of the seed and the meta-step, so that a
@@ -49,6 +49,8 @@ class Schedule:
     Attributes:
         steps: meta-steps.
         min_unroll, max_unroll: inner steps of a run.
+        ramp: share of the meta-steps over which the longest run grows; 0 for none, where weights have
+            learnt short runs before.
         tasks_per_step: tasks of the bank in a meta-step.
         runs: runs of each of them.
         learning_rate: of Adam, at the beginning.
@@ -62,6 +64,7 @@ class Schedule:
     steps: int
     min_unroll: int = 30
     max_unroll: int = 300
+    ramp: float = 0.5
     tasks_per_step: int = 2
     runs: int = 4
     learning_rate: float = 1e-3
@@ -84,13 +87,16 @@ class Schedule:
             raise UserError(
                 f"--max-unroll {self.max_unroll} is less than --min-unroll {self.min_unroll}"
             )
+        if not 0 <= self.ramp <= 1:
+            raise UserError(f"--ramp is a share of the meta-steps between 0 and 1, not {self.ramp:g}")
         for name, rate in {"--meta-learning-rate": self.learning_rate, "--clip": self.clip}.items():
             if not 0 < rate < math.inf:
                 raise UserError(f"{name} must be positive, not {rate:g}")
 
     def longest(self, step: int) -> int:
         """The longest run allowed at a meta-step."""
-        share = min(1.0, 2 * step / self.steps)
+        growing = self.ramp * self.steps
+        share = min(1.0, step / growing) if growing else 1.0
         return round(self.min_unroll * (self.max_unroll / self.min_unroll) ** share)
 
     def length(self, step: int, uniform: float) -> int:
