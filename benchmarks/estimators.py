@@ -8,9 +8,9 @@ PES, which takes tenths as well (`poisonbench.metatraining.estimators`). The sub
 optimizer on a perceptron of 1,200 parameters, meta-loss the mean over a run.
 
 1. A race: meta-training from one start by each, with equal compute, at a short and a long run, each at
-   several rates of the outer Adam, of which the best counts. Exact gradients of single runs are divided
-   by their norms, since few long runs have norms without bound; the others are given to Adam as they
-   are, for one pair's ES divided by its norm would be its sign.
+   several rates of the outer Adam, of which the one that ends best is drawn. Exact gradients of single
+   runs are divided by their norms, since few long runs have norms without bound; the others are given to
+   Adam as they are, for one pair's ES divided by its norm would be its sign.
 2. The estimates themselves, at lengths from 10 to 1,000 steps, held against the smoothed truth
    (`estimating.py`): at the start, and at the weights that exact metagradients reached at the long run.
 
@@ -335,12 +335,13 @@ def show(comparison: Comparison) -> None:
     race = Table(
         box=box.SIMPLE_HEAD, title=f"The race; a differentiated step counts {comparison.factor:.2f}"
     )
-    for title in ("steps", "estimator", "rate", "first score", "best score", "Adam at 1e-3", "broken"):
+    for title in ("steps", "estimator", "rate", "first score", "best", "last", "Adam at 1e-3", "broken"):
         race.add_column(title, justify="right")
     for leg in comparison.race:
         race.add_row(
             str(leg.num_steps), leg.estimator, f"{leg.rate:g}", f"{leg.score[0]:.3f}",
-            f"{min(leg.score):.3f}", f"{comparison.adam[str(leg.num_steps)]:.3f}", str(leg.broken),
+            f"{min(leg.score):.3f}", f"{leg.score[-1]:.3f}",
+            f"{comparison.adam[str(leg.num_steps)]:.3f}", str(leg.broken),
         )  # fmt: skip
     console.print(race)
 

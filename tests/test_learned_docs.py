@@ -1,4 +1,7 @@
-"""The page on learned optimizers: its example runs, its commands exist, its figures are recorded."""
+"""The page on learned optimizers: its example runs, its commands exist, its figures are recorded.
+
+The weights that it describes are those that come with the package.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from commandline import Run
 from docpages import DOCS, commands
 
 from poisonbench.metatraining.experiment import MetaTraining
+from poisonbench.optimizers.weights import digest, load_weights, packaged
 
 PAGE = "learned-optimizers.md"
 
@@ -48,9 +52,11 @@ def test_the_figures_are_those_of_the_records() -> None:
     for name in ("velo", "mlp_opt"):
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` | ")]
         cells = [cell.strip() for cell in row.strip("|").split("|")]
-        folder = DOCS.parent / "results" / "metatraining" / name
-        record = MetaTraining.load(folder / "metatraining.json")
+        (link,) = re.findall(r"\((.*)\)", cells[2])
+        record = MetaTraining.load(DOCS / link / "metatraining.json")
+        learnt, packed = load_weights(DOCS / link / "weights.safetensors"), packaged(name)
+        assert digest(learnt[1]) == digest(packed[1])
         lengths = record.schedule["min_unroll"], record.schedule["max_unroll"]
-        assert cells[2] == f"{lengths[0]} to {lengths[1]} steps"
-        assert cells[3:] == [f"{np.mean(record.scores):.2f}", f"{np.mean(record.adam):.2f}"]
+        assert cells[3] == f"{lengths[0]} to {lengths[1]} steps"
+        assert cells[4:] == [f"{np.mean(record.scores):.2f}", f"{np.mean(record.adam):.2f}"]
     assert all(len(line) <= 110 or line.startswith("|") for line in page.splitlines())
