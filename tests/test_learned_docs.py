@@ -5,6 +5,7 @@ The weights that it describes are those that come with the package.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -46,12 +47,20 @@ def test_the_commands_are_commands(command: Run) -> None:
         assert option in known, option
 
 
+def rows(page: str, first: str) -> list[list[str]]:
+    """Cells of the rows of all tables that begin so, but for rows with an empty cell."""
+    found = [line for line in page.splitlines() if line.startswith(f"| {first} | ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in found]
+    return [row for row in cells if all(row)]
+
+
 def test_the_figures_are_those_of_the_records() -> None:
     commands(PAGE)
     page = (DOCS / PAGE).read_text("utf-8")
     for name in ("velo", "mlp_opt"):
-        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` | ")]
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        cells, judged = rows(page, f"`{name}`")
+        summary = rows((DOCS.parent / "results/optimizers/table.md").read_text("utf-8"), name)[0]
+        assert judged[1:] == summary[2:]
         (link,) = re.findall(r"\((.*)\)", cells[2])
         record = MetaTraining.load(DOCS / link / "metatraining.json")
         learnt, packed = load_weights(DOCS / link / "weights.safetensors"), packaged(name)
@@ -59,4 +68,12 @@ def test_the_figures_are_those_of_the_records() -> None:
         lengths = record.schedule["min_unroll"], record.schedule["max_unroll"]
         assert cells[3] == f"{lengths[0]} to {lengths[1]} steps"
         assert cells[4:] == [f"{np.mean(record.scores):.2f}", f"{np.mean(record.adam):.2f}"]
+    stored = DOCS.parent / "benchmarks/results/estimators/estimators.json"
+    comparison = json.loads(stored.read_text("utf-8"))
+    race = page[page.index("**The race**") : page.index("So: exact")]
+    for leg in comparison["race"]:
+        rivals = [
+            x for x in comparison["race"] if all(x[k] == leg[k] for k in ("num_steps", "estimator"))
+        ]
+        assert f"{min(x['score'][-1] for x in rivals):.2f}" in race, leg["estimator"]
     assert all(len(line) <= 110 or line.startswith("|") for line in page.splitlines())
