@@ -50,9 +50,9 @@ class Track:
     def transfer(self) -> Mapping[str, Recipe]:
         """Victims that tell how far a poison carries, by name; see `poisonbench.transfer`.
 
-        ResNet-9s twice and half as wide as the smooth one, the standard one trained by AdamW and by
-        VeLO, and a plain convolutional network, trained by SGD and by the small MLP optimizer, whose
-        steps are too large for layers as wide as a ResNet's.
+        ResNet-9s twice and half as wide as the smooth one, the standard one trained by AdamW, the smooth
+        one by VeLO, and a plain convolutional network, trained by SGD and by the small MLP optimizer,
+        whose steps are too large for layers as wide as a ResNet's.
         """
         smooth, standard = self.recipes["smooth"], self.recipes["standard"]
 
@@ -70,7 +70,8 @@ class Track:
                 weight_decay=0.0,
             ),
             "cnn": plain,
-            "velo": learned(standard, "velo"),
+            # On validation data of digits 93 to 99 % over 16 seeds; of the standard recipe, 83 to 96 %.
+            "velo": learned(smooth, "velo"),
             "mlp_opt": learned(plain, "mlp_opt"),
         }  # fmt: skip
 
