@@ -1,6 +1,6 @@
 """Estimators of a metagradient agree with the truth where it is known.
 
-Claims of `poisonbench.metatraining.estimators` and `unroll` tested here:
+Claims of `poisonbench.metatraining.evolution`, `exact` and `unroll` tested here:
 
 - the mean of many ES estimates is the gradient of the smoothed loss, in closed form, and not that of the
   unsmoothed one where the two differ; so is the mean of PES over a run's truncations, at a small σ;
