@@ -62,9 +62,7 @@ class Exact:
         loss, gradient = metagradient(
             step, MetaLoss(run), run.start(weights), last, weights, memory=self.memory
         )
-        finite = all_finite((loss, gradient))
-        gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
-        return Estimate(loss, gradient, (~finite).astype(jnp.int32), carry)
+        return _where_finite(loss, gradient, carry)
 
     def cost(self, num_steps: int) -> Cost:
         """A run forward and a run differentiated, without what memory makes the engine repeat."""
@@ -126,11 +124,16 @@ class Truncated:
             Later(run, t), WindowLoss(state.total, self.truncation), state, self.truncation, weights,
             memory=self.memory, has_aux=True,
         )  # fmt: skip
-        finite = all_finite((loss, gradient))
-        gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
         after = UnderWay(state, t + self.truncation, length, identity)
-        return Estimate(loss, gradient, (~finite).astype(jnp.int32), after)
+        return _where_finite(loss, gradient, after)
 
     def cost(self, num_steps: int) -> Cost:
         """One window forward and differentiated, however long the run."""
         return Cost(self.truncation, self.truncation)
+
+
+def _where_finite(loss: Any, gradient: PyTree, carry: PyTree) -> Estimate:
+    """The estimate, with a gradient of 0 where it or the loss is not finite."""
+    finite = all_finite((loss, gradient))
+    kept = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
+    return Estimate(loss, kept, (~finite).astype(jnp.int32), carry)
