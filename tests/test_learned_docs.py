@@ -68,6 +68,11 @@ def test_the_figures_are_those_of_the_records() -> None:
         lengths = record.schedule["min_unroll"], record.schedule["max_unroll"]
         assert cells[3] == f"{lengths[0]} to {lengths[1]} steps"
         assert cells[4:] == [f"{np.mean(record.scores):.2f}", f"{np.mean(record.adam):.2f}"]
+    tables = (DOCS.parent / "results/README.md").read_text("utf-8")
+    drops = [line for line in page.splitlines() if re.search(r"\| (free|fixed) \|", line)]
+    for line in drops:
+        cells = [cell.strip() for cell in line.strip("|").split("|")][2:]
+        assert any(all(f"| {c} |" in row for c in cells) for row in tables.splitlines()), line
     stored = DOCS.parent / "benchmarks/results/estimators/estimators.json"
     comparison = json.loads(stored.read_text("utf-8"))
     race = page[page.index("**The race**") : page.index("So: exact")]
