@@ -44,7 +44,8 @@ class Quality(_Frozen):
         cosine: of single estimates with the truth, the mean, and `low` and `high` its 10 and 90 %.
         cosine_mean: of the mean of all draws with the truth.
         cosine_equal: of the mean of as many as equal compute affords, for each of `BUDGETS`.
-        noise: mean squared deviation from their mean, over the squared norm of the truth.
+        noise: mean squared deviation from their mean, over the squared norm of the truth. It says
+            little of windows, whose gradients are shorter than the truth, most of all in long runs.
         noise_compute: `noise` times cost, over that of a run's steps: what a unit of compute leaves.
         largest: largest norm over the median norm.
         broken: estimates in which something was not finite.

@@ -60,7 +60,8 @@ def _gradients(comparison: Comparison) -> Figure:
                 lengths, [q.low for q in found], [q.high for q in found], color=color, alpha=0.12, lw=0
             )
             row[1].plot(lengths, [q.cosine_equal[-1] for q in found], **look)
-            row[2].plot(lengths, [q.noise_compute for q in found], **look)
+            if name != "truncated":  # its gradients have another scale
+                row[2].plot(lengths, [q.noise_compute for q in found], **look)
         row[1].plot(
             [t.num_steps for t in known],
             [(2 * t.halves / (1 + t.halves)) ** 0.5 for t in known],

@@ -3,9 +3,9 @@
     python -m benchmarks.estimators
 
 writes `estimators.json`, `gradients.png` and `race.png` to `--out`. Estimators: exact metagradients of
-the unsmoothed loss, of whole runs and of a tenth of a run at a time; antithetic ES, ES by signs, and
-PES, which takes tenths as well (`poisonbench.metatraining.estimators`). The subject is the small MLP
-optimizer on a perceptron of 1,200 parameters, meta-loss the mean over a run.
+the unsmoothed loss, of whole runs and of windows of a tenth of a run, at least ten steps; antithetic
+ES, ES by signs, and PES in truncations as long (`poisonbench.metatraining.estimators`). The subject is
+the small MLP optimizer on a perceptron of 1,200 parameters, meta-loss the mean over a run.
 
 1. A race: meta-training from one start by each, with equal compute, at a short and a long run, each at
    several rates of the outer Adam, of which the one that ends best is drawn. Exact gradients of single

@@ -1,8 +1,8 @@
 """How far a poison carries: what victims lose to it that it was not crafted against.
 
-A track names such victims: a wider and a narrower ResNet-9, one that another optimizer trains, and a
-plain network of another shape. They are measured in pairs like all others, on the evaluation seeds of
-the run, and kept beside its record in a file of their own.
+A track names such victims: a wider and a narrower ResNet-9, some that other optimizers train, learned
+ones among them, and a plain network of another shape. They are measured in pairs like all others, on the
+evaluation seeds of the run, and kept beside its record in a file of their own.
 """
 
 from __future__ import annotations

@@ -132,7 +132,8 @@ def test_the_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_run_weighs_the_same_however_long_its_gradient() -> None:
     gradients = {
-        "a": jnp.array([[3e30, 0], [0, 0], [3e-25, 0], [0, 0.6]]), "b": jnp.array([4e30, 0, 4e-25, 0.8]),
+        "a": jnp.array([[1.5e38, 0], [0, 0], [3e-25, 0], [0, 0.6]]),
+        "b": jnp.array([2e38, 0, 4e-25, 0.8]),
     }  # fmt: skip
     found = loop._mean(gradients, unit=True)
     np.testing.assert_allclose(found["a"], [0.3, 0.15], rtol=1e-5)
@@ -217,6 +218,7 @@ def test_the_verb(command: Run) -> None:
         (["--dataset", "digit"], "digits"),
         (["--estimator", "pes", "--objective", "final"], "pes estimates the mean"),
         (["--ramp", "1.5"], "--ramp is a share"),
+        (["--estimator", "pes", "--truncation", "999"], "at most --max-unroll"),
         (["--estimator", "truncated", "--objective", "final"], "truncated estimates the mean"),
         (["--from", "nowhere"], "nowhere"),
         (["--out", "/dev/null/x"], "/dev/null"),
@@ -233,6 +235,7 @@ def test_killed_by_the_system_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
         "from poisonbench.cli import main; main()"
     )
     words = [sys.executable, "-c", script, *TINY, "--steps", "30", "--estimator", "pes"]
+    words += ["--truncation", "4"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run([*words, "--out", str(whole)], check=True, capture_output=True)
     kills = 0

@@ -1,6 +1,7 @@
 """Evolution strategies: estimates of a metagradient that need no derivative.
 
-With `ε ~ N(0, σ²I)`:
+With `L(θ)` the meta-loss of a run, of which the key fixes initial parameters and batches, and
+`ε ~ N(0, σ²I)`:
 
 - `ES`, over P antithetic pairs of whole runs: `(L(θ+ε) - L(θ-ε)) ε / 2σ²`. It is without bias for the
   gradient of the smoothed loss `E_ε L(θ+ε)`. With `signed`, the difference is replaced by its sign, as

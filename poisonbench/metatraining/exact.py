@@ -96,7 +96,8 @@ class Truncated:
     """The gradient of a window of a run, which begins where the last one ended.
 
     The meta-loss is always the mean over steps, and a run's length is rounded up to whole windows. A run
-    whose parameters are no longer finite is given up, and the next window begins another.
+    whose parameters are no longer finite is given up, and the next window begins another. One that has
+    diverged to finite ones goes on to its end, with gradients of 0 where its clipped loss is flat.
 
     Attributes:
         truncation: steps of a window.

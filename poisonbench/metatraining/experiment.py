@@ -141,10 +141,16 @@ class Request:
             raise UserError("--tasks and --held-out must be at least 1")
         if not 0 <= self.augmented <= 1:
             raise UserError(f"--augmented is a chance between 0 and 1, not {self.augmented:g}")
-        if self.estimator in ("pes", "truncated") and self.objective == "final":
-            raise UserError(
-                f"{self.estimator} estimates the mean loss of a run: leave out --objective final"
-            )
+        if self.estimator in ("pes", "truncated"):
+            if self.objective == "final":
+                raise UserError(
+                    f"{self.estimator} estimates the mean loss of a run: leave out --objective final"
+                )
+            if self.strategy.truncation > self.schedule.max_unroll:
+                raise UserError(
+                    f"--truncation {self.strategy.truncation} is more than the longest run has steps:"
+                    f" at most --max-unroll {self.schedule.max_unroll}"
+                )
 
 
 def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[MetaTraining, Path]:

@@ -132,7 +132,7 @@ class Trainer:
     Args:
         optimizer: whose weights are learnt.
         estimator: of their gradient.
-        objective: `mean` or `final` loss of a run; PES always takes the mean.
+        objective: `mean` or `final` loss of a run; PES and windows always take the mean.
         bank: tasks with their data.
         held_out: tasks to validate on, with their data.
         schedule: lengths, rates, seed.
@@ -311,7 +311,8 @@ def _mean(gradients: PyTree, unit: bool) -> PyTree:
 def _unit_mean(gradients: PyTree) -> PyTree:
     # By the largest entry first: squares of what long runs give do not fit float32.
     largest = jax.vmap(lambda g: optax.tree.norm(g, ord=jnp.inf))(gradients)
-    divided = jax.vmap(optax.tree.scale)(1 / jnp.where(largest > 0, largest, 1), gradients)
+    root = jnp.sqrt(jnp.where(largest > 0, largest, 1))  # twice, for the reciprocal of all may not fit
+    divided = jax.vmap(lambda tree, by: jax.tree.map(lambda g: g / by / by, tree))(gradients, root)
     norms = jax.vmap(optax.tree.norm)(divided)
     scale = 1 / jnp.where(norms > 0, norms, 1)
     return jax.tree.map(lambda g: jnp.tensordot(scale, g, 1) / len(g), divided)
