@@ -152,4 +152,4 @@ STANDARD = Recipe(
 )
 RECIPES: dict[str, Recipe] = {"smooth": SMOOTH, "standard": STANDARD}
 LEARNED = {"velo": "eaffe1d857d7", "mlp_opt": "f77f33267158"}
-"""Learned optimizers, and the first twelve digits of the SHA-256 of the weights that come with them."""
+"""Learned optimizers, and twelve digits of the `optimizers.weights.digest` of what comes with them."""
