@@ -37,7 +37,7 @@ def test_the_commands_are_commands(command: Run) -> None:
     typed = commands(PAGE)
     assert typed
     said = re.findall(r"`(?:poisonbench )?([a-z]*) ?(--[a-z-]+)", (DOCS / PAGE).read_text("utf-8"))
-    verbs = ("metatrain", "optimizers", "run", "transfer")
+    verbs = ("metatrain", "optimizers", "run", "smoothness", "transfer")
     known = "".join(command(verb, "--help")[1] for verb in verbs)
     for words in typed:
         assert command(words[0], "--help")[0] == 0
