@@ -114,7 +114,11 @@ CIFAR10_SMALL = Track(
         standard=STANDARD.replace(width=16, epochs=8, batch_size=125, learning_rate=0.03),
     ),
     attack_options=MappingProxyType(
-        {"mgd": {"steps": "24", "start-seeds": "2", "check-every": "8", "check-seeds": "3"}}
+        {
+            "mgd": {"steps": "24", "start-seeds": "2", "check-every": "8", "check-seeds": "3"},
+            # As many training runs as mgd's metagradients cost.
+            "es": {"steps": "24", "check-every": "8", "check-seeds": "3"},
+        }
     ),
 )
 """`poisonbench run --attack mgd --dataset tfds:cifar10`: 100 of 4,000 images; 45 minutes on two cores.
