@@ -48,7 +48,7 @@ from poisonbench.attacks import Task
 from poisonbench.errors import UserError
 from poisonbench.flips import Flips, highest, placed
 from poisonbench.journal import Journal
-from poisonbench.metagradient import NonFiniteError, metagradient
+from poisonbench.metagradient import Later, NonFiniteError, metagradient
 from poisonbench.threat import Box, PoisonSet
 from poisonbench.victim.evaluation import train_some
 from poisonbench.victim.training import Poison, TrainingRun, TrainState
@@ -95,7 +95,7 @@ class MGD(Ascent):
             first = run.num_steps - max(1, round(self.differentiated * run.num_steps))
             if first:
                 state = train_some(run, state, z, jnp.int32(0), jnp.int32(first))
-            later = _Later(run, jnp.int32(first))
+            later = Later(run, jnp.int32(first))
             one_value, one_gradient = _metagradient(
                 problem, later, state, run.num_steps - first, z, when
             )
@@ -150,18 +150,6 @@ def _best_pairs(
         )
     images = sorted(chosen)
     return Flips(np.array(images, np.int64), np.array([chosen[i] for i in images], np.int32))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Later:
-    """A training run from one of its steps on."""
-
-    run: TrainingRun
-    first: Array
-
-    def __call__(self, state: TrainState, t: Array, z: Array) -> TrainState:
-        return self.run(state, t + self.first, z)
 
 
 @jax.tree_util.register_dataclass

@@ -85,7 +85,8 @@ def test_pes_begins_anew_where_a_run_ends() -> None:
     seen = []
     for key in keys:
         carry = estimators.estimates(estimator, of, WEIGHTS, 3, key, carry).carry
-        seen.append((int(carry.t[0]), int(carry.num_steps[0]), float(carry.noise["log_rate"][0, 0])))
+        at = carry.position
+        seen.append((int(at.t[0]), int(at.num_steps[0]), float(carry.noise["log_rate"][0, 0])))
     assert [(t, n) for t, n, _ in seen] == [(2, 4), (4, 4), (2, 4), (4, 4)]
     draws = [
         0.1 * jax.random.normal(jax.random.split(jax.random.split(key[0])[0], 1)[0], (1,))
@@ -176,10 +177,11 @@ def test_truncated_begins_anew_where_a_run_ends_or_breaks() -> None:
             carry = carry._replace(state=carry.state._replace(params=broken))
         found = estimators.estimates(estimator, of, WEIGHTS, 5, key, carry)
         carry = found.carry
-        seen.append((int(carry.t[0]), int(carry.num_steps[0])))
+        seen.append((int(carry.position.t[0]), int(carry.position.num_steps[0])))
         assert int(found.broken[0]) == 0
     assert seen == [(2, 6), (4, 6), (6, 6), (2, 6)]
-    again = estimators.estimates(estimator, of, WEIGHTS, 5, keys[3], carry._replace(t=jnp.array([6])))
+    carry = carry._replace(position=carry.position._replace(t=jnp.array([6])))
+    again = estimators.estimates(estimator, of, WEIGHTS, 5, keys[3], carry)
     np.testing.assert_array_equal(again.gradient["log_rate"], found.gradient["log_rate"])
 
 

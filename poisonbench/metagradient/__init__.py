@@ -2,6 +2,7 @@
 
 from poisonbench.metagradient.checks import AdamWithoutEpsRoot as AdamWithoutEpsRoot
 from poisonbench.metagradient.checks import NonFiniteError as NonFiniteError
+from poisonbench.metagradient.later import Later as Later
 from poisonbench.metagradient.planning import Plan as Plan
 from poisonbench.metagradient.planning import plan as plan
 from poisonbench.metagradient.replay import metagradient as metagradient

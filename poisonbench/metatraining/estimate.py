@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -45,6 +46,30 @@ class Estimate(NamedTuple):
     carry: PyTree
 
 
+class Position(NamedTuple):
+    """How far a run that is under way has come, and which it is.
+
+    Attributes:
+        t: steps taken, int32.
+        num_steps: of this run, int32.
+        key: of its data and initial parameters.
+    """
+
+    t: Any
+    num_steps: Any
+    key: Any
+
+    @property
+    def ended(self) -> Any:
+        """Whether all its steps are taken, bool."""
+        return self.t >= self.num_steps
+
+    def or_new(self, ended: Array, num_steps: Any, truncation: int, key: Any) -> Position:
+        """This, or where `ended`, the start of a run of `num_steps` rounded up to whole truncations."""
+        whole = -(-jnp.asarray(num_steps, jnp.int32) // truncation) * truncation
+        return jax.tree.map(partial(jnp.where, ended), Position(jnp.int32(0), whole, key), self)
+
+
 class Estimator(Protocol):
     """A strategy; hashable. A call may be transformed by `jax.vmap`."""
 
@@ -66,21 +91,6 @@ class Estimator(Protocol):
     def cost(self, num_steps: int) -> Cost:
         """What one estimate takes."""
         ...
-
-
-def going_on(
-    carry: Any, ended: Array, num_steps: Any, truncation: int, fresh: Any
-) -> tuple[Array, Any, Array]:
-    """Length, key and first step of a run's next truncation; of a new run's where the last has ended.
-
-    `carry` has the `num_steps`, `key` and `t` of the last; lengths are rounded up to whole truncations.
-    """
-    whole = -(-jnp.asarray(num_steps, jnp.int32) // truncation) * truncation
-    return (
-        jnp.where(ended, whole, carry.num_steps),
-        jnp.where(ended, fresh, carry.key),
-        jnp.where(ended, 0, carry.t),
-    )
 
 
 def all_finite(tree: PyTree) -> Array:

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from poisonbench.metatraining.estimate import Cost, Estimate, going_on
+from poisonbench.metatraining.estimate import Cost, Estimate, Position
 from poisonbench.metatraining.unroll import InnerState, Problem, PyTree, Weights
 
 DEFAULT_SIGMA = 0.01
@@ -85,16 +85,12 @@ class Particle(NamedTuple):
     Attributes:
         states: of the two runs, with a leading axis of 2.
         noise: ξ, the sum of the run's perturbations.
-        t: steps taken, int32.
-        num_steps: of this run, int32.
-        key: of its data and initial parameters.
+        position: in the run, of both.
     """
 
     states: InnerState
     noise: PyTree
-    t: Any
-    num_steps: Any
-    key: Any
+    position: Position
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,8 @@ class PES:
         one = problem.run(self.truncation, key).start(weights)
         states = jax.tree.map(lambda x: jnp.stack([x, x]), one)
         length = jnp.int32(self.truncation)
-        return Particle(states, jax.tree.map(jnp.zeros_like, weights), length, length, key)
+        noise = jax.tree.map(jnp.zeros_like, weights)
+        return Particle(states, noise, Position(length, length, key))
 
     def __call__(
         self, problem: Problem, weights: Weights, num_steps: Any, key: Any, carry: Particle
@@ -127,17 +124,17 @@ class PES:
         """Estimate from the next truncation of both runs; `num_steps` is the next run's length."""
         draw, fresh = jax.random.split(key)
         epsilon = _noise(draw, weights, self.sigma)
-        ended = carry.t >= carry.num_steps
-        length, identity, t = going_on(carry, ended, num_steps, self.truncation, fresh)
+        ended = carry.position.ended
+        position = carry.position.or_new(ended, num_steps, self.truncation, fresh)
         noise = jax.tree.map(lambda old, new: jnp.where(ended, 0, old) + new, carry.noise, epsilon)
-        run = problem.run(length, identity)
+        run = problem.run(position.num_steps, position.key)
 
         def truncated(state: InnerState, sign: Array) -> tuple[InnerState, Array]:
             shifted = jax.tree.map(lambda w, e: w + sign * e, weights, epsilon)
             first = run.start(shifted)
             state = jax.tree.map(lambda new, old: jnp.where(ended, new, old), first, state)
             after = jax.lax.fori_loop(
-                0, self.truncation, lambda i, s: run.step(s, t + i, shifted), state
+                0, self.truncation, lambda i, s: run.step(s, position.t + i, shifted), state
             )
             return after, (after.total - state.total) / self.truncation
 
@@ -145,7 +142,7 @@ class PES:
         difference, broken = _finite(losses[:1] - losses[1:])
         weight = difference[0] / (2 * self.sigma**2)
         gradient = jax.tree.map(lambda xi: weight * xi, noise)
-        after = Particle(states, noise, t + self.truncation, length, identity)
+        after = Particle(states, noise, position._replace(t=position.t + self.truncation))
         return Estimate(losses.mean(), gradient, broken, after)
 
     def cost(self, num_steps: int) -> Cost:

@@ -17,11 +17,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from poisonbench.metagradient import metagradient, plan, state_bytes
-from poisonbench.metatraining.estimate import Cost, Estimate, all_finite, going_on
+from poisonbench.metagradient import Later, metagradient, plan, state_bytes
+from poisonbench.metatraining.estimate import Cost, Estimate, Position, all_finite
 from poisonbench.metatraining.unroll import (
     InnerState,
-    Later,
     MetaLoss,
     Problem,
     PyTree,
@@ -80,15 +79,11 @@ class UnderWay(NamedTuple):
 
     Attributes:
         state: of the run.
-        t: steps taken, int32.
-        num_steps: of this run, int32.
-        key: of its data and initial parameters.
+        position: in it.
     """
 
     state: InnerState
-    t: Any
-    num_steps: Any
-    key: Any
+    position: Position
 
 
 @dataclass(frozen=True)
@@ -111,21 +106,21 @@ class Truncated:
     def begin(self, problem: Problem, weights: Weights, key: Any) -> UnderWay:
         """A run that has ended, so that the first estimate begins a new one."""
         length = jnp.int32(self.truncation)
-        return UnderWay(problem.run(length, key).start(weights), length, length, key)
+        return UnderWay(problem.run(length, key).start(weights), Position(length, length, key))
 
     def __call__(
         self, problem: Problem, weights: Weights, num_steps: Any, key: Any, carry: UnderWay
     ) -> Estimate:
         """Differentiate the next window; `num_steps` is the next run's length."""
-        ended = (carry.t >= carry.num_steps) | ~all_finite(carry.state.params)
-        length, identity, t = going_on(carry, ended, num_steps, self.truncation, key)
-        run = problem.run(length, identity)
+        ended = carry.position.ended | ~all_finite(carry.state.params)
+        position = carry.position.or_new(ended, num_steps, self.truncation, key)
+        run = problem.run(position.num_steps, position.key)
         state = jax.tree.map(partial(jnp.where, ended), run.start(weights), carry.state)
+        step, loss_of = Later(run, position.t), WindowLoss(state.total, self.truncation)
         (loss, state), gradient = metagradient(
-            Later(run, t), WindowLoss(state.total, self.truncation), state, self.truncation, weights,
-            memory=self.memory, has_aux=True,
-        )  # fmt: skip
-        after = UnderWay(state, t + self.truncation, length, identity)
+            step, loss_of, state, self.truncation, weights, memory=self.memory, has_aux=True
+        )
+        after = UnderWay(state, position._replace(t=position.t + self.truncation))
         return _where_finite(loss, gradient, after)
 
     def cost(self, num_steps: int) -> Cost:

@@ -143,19 +143,6 @@ class Stopping:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Later:
-    """A run's steps from `start` on, counted from 0."""
-
-    run: Run
-    start: Any
-
-    def __call__(self, state: InnerState, t: Any, weights: Weights) -> InnerState:
-        """Step `start + t`."""
-        return self.run(state, self.start + t, weights)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class WindowLoss:
     """Mean of the losses of the last `num_steps` steps, and the state, as an objective with aux.
 
