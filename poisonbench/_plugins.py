@@ -13,8 +13,9 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Callable, Iterable, MutableSequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -102,7 +103,11 @@ def options(cls: type) -> list[Field[Any]]:
 
 
 def build(
-    cls: type[Any], name: str, given: Iterable[tuple[str, str]], also_known: Iterable[str] = ()
+    cls: type[Any],
+    name: str,
+    given: Iterable[tuple[str, str]],
+    also_known: Iterable[str] = (),
+    spelling: Callable[[str], str] = "--".__add__,
 ) -> Any:
     """An instance with the hyperparameters that a user typed.
 
@@ -112,25 +117,29 @@ def build(
         given: pairs such as `("step-size", "0.02")`.
         also_known: options such as `--seed` that were read elsewhere, to suggest for a typing
             error.
+        spelling: of an option's name, as the user types it.
 
     Raises:
-        UserError: a hyperparameter that it does not have, or a value of the wrong type.
+        UserError: a hyperparameter that it does not have, or a value of the wrong type or not finite.
     """
     known = {field.name.replace("_", "-"): field for field in options(cls)}
     hints = get_type_hints(cls)
-    names = [*(f"--{option}" for option in known), *also_known]
+    names = [*map(spelling, known), *also_known]
     values: dict[str, Any] = {}
     for option, text in given:
         if option not in known:
-            raise unknown_name(f"option of {name}", f"--{option}", names)
+            raise unknown_name(f"option of {name}", spelling(option), names)
         field = known[option]
         try:
-            values[field.name] = TypeAdapter(hints[field.name]).validate_strings(text)
+            value = TypeAdapter(hints[field.name]).validate_strings(text)
         except ValidationError as error:
-            raise UserError(f"--{option} {text}: {error.errors()[0]['msg'].lower()}") from None
+            raise UserError(f"{spelling(option)} {text}: {error.errors()[0]['msg'].lower()}") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{spelling(option)} {text}: give a finite number")
+        values[field.name] = value
     missing = [o for o, field in known.items() if _required(field) and field.name not in values]
     if missing:
-        raise UserError(f"{name} needs --{missing[0]}")
+        raise UserError(f"{name} needs {spelling(missing[0])}")
     return cls(**values)
 
 

@@ -213,7 +213,7 @@ def _scores(
     test = (dataset.test_images, dataset.test_labels)
     what = f"{content_hash(*condition.data, *test)}{json.dumps(recipe.as_dict(), sort_keys=True)}{seeds}"
     what += "" if condition.shield is None else condition.shield.identity(condition)
-    kept = None if folder is None else folder / f"{content_hash(_bytes(what + _code()))[:24]}.json"
+    kept = None if folder is None else folder / f"{content_hash(_bytes(what + victim_code()))[:24]}.json"
     if kept is not None and kept.exists() and reuse:
         try:
             stored = _Scores.of(json.loads(kept.read_text("utf-8")))
@@ -310,7 +310,7 @@ def _certificate(scores: dict[str, list[_Scores]], poison: PoisonSet) -> Certifi
 
 
 @cache
-def _code() -> str:
+def victim_code() -> str:
     """All that decides a victim besides its arguments: pairs must not mix two versions of it."""
     root = Path(__file__).parent
     learned = (root / "optimizers").glob("*.*")  # code and weights

@@ -24,7 +24,7 @@ from poisonbench.errors import UserError
 from poisonbench.journal import Journal, LogRow
 from poisonbench.records import Record
 from poisonbench.setting import Setting
-from poisonbench.threat import PoisonSet
+from poisonbench.threat import Budget, PoisonSet
 
 OURS = ("*.safetensors", "*.json", "*.png", "*.csv")
 PUBLISHED = ("record.json", "transfer.json", "poison.safetensors", "[!.]*.csv")
@@ -135,7 +135,9 @@ def evaluate(
         )
     dataset = load_data(setting)
     poison.check(dataset.train_images, dataset.train_labels, dataset.num_classes)
-    folder = out / setting.track.name / f"{name}-{_identity(setting, dataset, {'poison': poison.hash})}"
+    _require_defense(setting, dataset, poison.budget)
+    decides = {"poison": poison.hash, "victims": harness.victim_code()}
+    folder = out / setting.track.name / f"{name}-{_identity(setting, dataset, decides)}"
     if setting.defense is not None:
         folder = folder.with_name(f"{folder.name}-{_shield_identity(setting)}")
     _open(folder, fresh)
@@ -188,13 +190,24 @@ def _prepare(request: Request, out: Path, fresh: bool) -> tuple[data.Dataset, Pa
     setting = request.setting
     request.attack.require(setting.budget)
     dataset = load_data(setting)
-    allowed = setting.budget.count(len(dataset.train_labels))
-    if setting.defense is not None:
-        for recipe in setting.recipes.values():
-            setting.defense.require(recipe, len(dataset.train_labels), allowed, len(dataset.val_labels))
+    setting.budget.count(len(dataset.train_labels))
+    _require_defense(setting, dataset, setting.budget)
     folder = out / setting.track.name / f"{request.name}-{request.identity(dataset)}"
     _open(folder, fresh)
     return dataset, folder
+
+
+def _require_defense(setting: Setting, dataset: data.Dataset, budget: Budget) -> None:
+    """Refuse a defence that cannot work on these victims.
+
+    Raises:
+        UserError: naming what to change.
+    """
+    if setting.defense is None:
+        return
+    number = len(dataset.train_labels)
+    for recipe in setting.recipes.values():
+        setting.defense.require(recipe, number, budget.count(number), len(dataset.val_labels))
 
 
 def load_data(setting: Setting) -> data.Dataset:
@@ -229,8 +242,8 @@ def _crafting_sources() -> str:
     """The library's code that decides a poison."""
     root = Path(__file__).parent
     names = (
-        "ascent.py", "compute.py", "data.py", "flips.py", "perturb.py", "threat.py", "trained.py",
-        "metagradient/*.py", "optimizers/*.py", "victim/*.py",
+        "ascent.py", "attacks/__init__.py", "compute.py", "data.py", "flips.py", "perturb.py",
+        "threat.py", "trained.py", "metagradient/*.py", "optimizers/*.py", "victim/*.py",
     )  # fmt: skip
     return "".join(path.read_text("utf-8") for name in names for path in sorted(root.glob(name)))
 

@@ -8,7 +8,8 @@ Claims of `poisonbench.runs` and of the command line tested here:
 - other options or other code of a defence are another folder;
 - what a filter dropped is counted: all of the poison and nothing else for the oracle;
 - a certificate of `dpa` is recorded, and not violated;
-- what cannot work is refused before anything is written.
+- a poison file is scored anew where the code of victims is another;
+- what cannot work is refused before anything is written, be the poison crafted or read from a file.
 
 Runs are tiny: 100 digits, a plain network of width 2, one epoch, two seeds.
 """
@@ -88,6 +89,7 @@ def test_a_certificate_is_recorded_and_holds(tmp_path: Path) -> None:
         (["early_stop", "early_stop.trusted=51"], {}, "needs 51 trusted images"),
         (["dp_sgd", "dp_sgd.parts=7"], {}, "50 cannot be cut into 7"),
         (["spectral"], {"fraction": 0.5}, "less than a batch of 50: lower --fraction"),
+        (["epic"], {}, "every 3 epochs, and there are 1: lower"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -96,3 +98,22 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         runs.run(request(*words, **game), tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
+    crafted = runs.run(request(**game), tmp_path / "bare")
+    file, asked = crafted.folder / "poison.safetensors", request(*words, **game).setting
+    with pytest.raises(UserError, match=message):
+        runs.evaluate(file, asked, "theirs", "poisonbench evaluate", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_poison_file_is_scored_anew_by_other_victims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = runs.run(request(), tmp_path).folder / "poison.safetensors"
+
+    def scored() -> Path:
+        return runs.evaluate(file, request().setting, "theirs", "evaluate", tmp_path).folder
+
+    first = scored()
+    assert scored() == first
+    monkeypatch.setattr("poisonbench.harness.victim_code", lambda: "changed")
+    assert scored() != first

@@ -229,6 +229,8 @@ def test_hyperparameters_are_typed_by_their_annotations() -> None:
         ([("must", "x")], "--must x: input should be a valid integer"),
         ([("must", "")], "--must"),
         ([("must", "1.5")], "--must 1.5"),
+        ([("must", "1"), ("step-size", "inf")], "--step-size inf: give a finite number"),
+        ([("must", "1"), ("step-size", "nan")], "--step-size nan: give a finite number"),
         ([("must", "1"), ("mode", "c")], "--mode c: input should be 'a' or 'b'"),
         ([("must", "1"), ("wild", "perhaps")], "--wild perhaps"),
         ([("must", "1"), ("step_size", "1")], "did you mean --step-size"),

@@ -231,6 +231,11 @@ class Composed(Defense):
                 f"a batch of {recipe.batch_size} cannot be cut into {self.parts} equal parts: give"
                 " another --set batch_size=…"
             )
+        if self.every >= recipe.epochs:
+            raise UserError(
+                f"the defence looks at its victim every {self.every} epochs, and there are"
+                f" {recipe.epochs}: lower its option `every`"
+            )
         if number - self.dropped(allowed) < recipe.batch_size:
             raise UserError(
                 f"where {allowed} of {number} images may be poisoned, the defence leaves less than a"
@@ -351,7 +356,10 @@ def build(text: str, options: Sequence[str] = ()) -> Composed:
             raise UserError(
                 f"{name} asks to be told which points are poisoned, which is the oracle's alone"
             )
-    built = tuple(_plugins.build(load(name), name, given[name]) for name in wanted)
+    built = tuple(
+        _plugins.build(load(name), name, given[name], spelling=f"--defense-set {name}.".__add__)
+        for name in wanted
+    )
     return Composed(built, tuple(wanted))
 
 
