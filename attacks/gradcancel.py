@@ -22,7 +22,9 @@ What is left open, and how it is settled here:
 - *The game.* The paper adds its points (`--mode add`); where they take the place of clean ones, those
   ones' gradients are left out of `g`.
 - *The radius*, on which everything depends: five, relative to the norm of the weights, judged by
-  victims on validation data.
+  victims on validation data; or the one that `--distance` names.
+- *Augmentation*: gradients are of the images as they are, also where the victim's recipe flips and
+  crops.
 
 A target can be reached only if the poison is large enough. In the classifier, whose logits are linear
 in its weights W (bias included), a clean point adds `⟨W, ∇ℓ⟩ = (p - y)·logits`, and no point whatever
@@ -73,6 +75,7 @@ class GradCancel(Attack):
 
     Attributes:
         layers: the weights that move and whose gradients cancel: `all`, or the `last` layer's.
+        distance: of the target from the clean weights, relative to their norm; None tries five.
         steps: of Adam on the pixels, for each radius.
         step_size: of the first step, in pixel units (1 is the whole range); it falls linearly to a
             tenth.
@@ -80,6 +83,7 @@ class GradCancel(Attack):
     """
 
     layers: Literal["all", "last"] = "all"
+    distance: float | None = None
     steps: int = 300
     step_size: float = 0.05
     trial_seeds: int = 3
@@ -88,6 +92,8 @@ class GradCancel(Attack):
         require_at_least_one(self, "steps", "trial_seeds")
         if not self.step_size > 0:
             raise UserError("--step-size must be above 0")
+        if self.distance is not None and not self.distance > 0:
+            raise UserError("--distance must be above 0")
 
     def require(self, budget: Budget) -> None:
         """There must be clean images whose gradient is cancelled."""
@@ -101,7 +107,8 @@ class GradCancel(Attack):
         problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
         images = task.train_images[chosen.indices]
         arrays = journal.restore() or {"done": np.array(0), "best": images, "value": np.array(-np.inf)}
-        radii, done = RADII[self.layers], int(arrays["done"])
+        radii = RADII[self.layers] if self.distance is None else (self.distance,)
+        done = int(arrays["done"])
         with journal.progress("crafting gradcancel", len(radii), done) as bar:
             clean = TrainedVictim.on_clean(task, clean_key, self.layers)
             for i in range(done, len(radii)):

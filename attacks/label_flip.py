@@ -1,6 +1,6 @@
 """Label flips: wrong labels on whole images, at random, confident, or concentrated on a class pair.
 
-Random flips are the usual control and nearly harmless at small budgets. Confident ones give the
+Random flips are the usual control. Confident ones give the
 images that clean victims are surest of the labels that they find least likely. The same number of
 flips, all from one class to its nearest neighbour, moves the boundary between the two and is the
 attack to beat wherever labels are free. (Flips ranked by metagradients are `mgd --steps 0`.)
@@ -27,6 +27,7 @@ from typing import Literal
 import jax
 from jaxtyping import PRNGKeyArray
 
+from poisonbench.ascent import require_at_least_one
 from poisonbench.attacks import Attack, Task
 from poisonbench.errors import UserError
 from poisonbench.flips import (
@@ -65,9 +66,7 @@ class LabelFlip(Attack):
             raise UserError("give --source and --target together, or neither")
         if self.spread != "concentrated" and self.source is not None:
             raise UserError("--source and --target need --spread concentrated")
-        for name in ("candidates", "trial_seeds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        require_at_least_one(self, "candidates", "trial_seeds")
 
     def require(self, budget: Budget) -> None:
         """Some image must be able to bear a wrong label."""

@@ -43,10 +43,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray, Shaped
 
+from poisonbench.arrays import highest
 from poisonbench.ascent import Ascent, Problem, require_at_least_one
 from poisonbench.attacks import Task
 from poisonbench.errors import UserError
-from poisonbench.flips import Flips, highest, placed
+from poisonbench.flips import Flips, placed
 from poisonbench.journal import Journal
 from poisonbench.metagradient import Later, NonFiniteError, metagradient
 from poisonbench.threat import Box, PoisonSet
@@ -168,12 +169,14 @@ def _summed(
     problem: Problem, z: Array, pixels: Array | None, keys: Key[Array, " seeds"], journal: Journal
 ) -> Array:
     """The metagradient summed over runs: by pixels or, where `pixels` are given, by targets."""
-    total = jnp.zeros_like(z)
-    with journal.progress("ranking images", len(keys)) as bar:
-        for key in keys:
-            run, state = problem.start(key[None])
+    kept = journal.restore() or {"summed": np.zeros(z.shape, np.float32), "runs": np.array(0)}
+    total, done = jnp.asarray(kept["summed"]), int(kept["runs"])
+    with journal.progress("ranking images", len(keys), done) as bar:
+        for i in range(done, len(keys)):
+            run, state = problem.start(keys[i][None])
             step = run if pixels is None else _ByTargets(run, pixels)
             total += _metagradient(problem, step, state, run.num_steps, z, "in the ranking")[1]
+            journal.save({"summed": np.asarray(total), "runs": np.array(i + 1)})
             bar.advance()
     return total
 

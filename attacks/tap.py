@@ -14,6 +14,8 @@ measured it (Liu et al., "Image Shortcut Squeezing", 2023, https://arxiv.org/abs
 What is left open, and how it is settled here:
 
 - *The permutation* is a cyclic shift of the classes, by an option.
+- *The start*: anywhere within the radius, at random, once; the authors' code starts eight times and
+  keeps the best.
 - *The steps*: signed, of a tenth of the radius each, all alike; through the augmentation of the
   victim's recipe, if it has one, drawn anew at each step.
 - *A part of the set.* Under a fraction below 1, images drawn at random.
@@ -68,11 +70,12 @@ class TAP(Attack):
         """Perturb images against one victim trained on clean data."""
         if self.shift % task.num_classes == 0:
             raise UserError(f"--shift {self.shift} moves no class of {task.num_classes} to another")
-        pick, clean_key, step_key = jax.random.split(key, 3)
+        pick, clean_key, step_key, start_key = jax.random.split(key, 4)
         chosen = chosen_at_random(task, pick)
         indices, labels = chosen.indices, chosen.labels
         targets = ((labels + self.shift) % task.num_classes).astype(np.int32)
-        z, done = task.train_images[indices] / np.float32(255), 0
+        low, high = (bound.astype(np.float32) / 255 for bound in task.bounds(indices))
+        z, done = low + (high - low) * np.asarray(jax.random.uniform(start_key, low.shape)), 0
         if (arrays := journal.restore()) is not None:
             z, done = arrays["z"], int(arrays["done"])
         with journal.progress("crafting tap", self.steps, done) as bar:

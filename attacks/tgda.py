@@ -22,6 +22,7 @@ What is left open, and how it is settled here:
   statistics. It takes plain gradient steps, whose size is an option, on batches of the poisoned set.
 - *The Hessian* is that of f on a batch, plus a multiple of the identity: away from a minimum it is
   not positive.
+- *Augmentation*: neither player sees any, also where the victim's recipe flips and crops.
 - *The leader's step* is Adam's, since the scale of a generator's parameters says nothing.
 - *The game.* The paper adds its points (`--mode add`); here they may also take the place of clean ones.
 - *Which poison is kept*: the best of several rounds by victims trained on it, not the last.

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from poisonbench.arrays import boxes
 from poisonbench.defenses import Defense, Loss
-from poisonbench.perturb import boxes
 
 
 @dataclass(frozen=True)

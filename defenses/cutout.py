@@ -2,7 +2,7 @@
 
 Paper: DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
 2017, https://arxiv.org/abs/1708.04552: for CIFAR-10 a square of half the side, whose centre lies
-anywhere in the image. Blank is the recipe's mean level, which the network sees as zero.
+anywhere in the image. Blank is mid-grey, which every track's recipes see as zero.
 
 Cost: none.
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from poisonbench.arrays import boxes
 from poisonbench.defenses import Defense, Loss
 from poisonbench.errors import UserError
-from poisonbench.perturb import boxes
 
 BLANK = 0.5
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
+from poisonbench.arrays import highest
 from poisonbench.defenses import Defense, View
 from poisonbench.errors import UserError
-from poisonbench.flips import highest
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ by steps along an estimate of `∇F`, with a fresh `ω` at each metastep so that
 victims never seen. Pixels are projected to the budget after each step, and what is handed in is the
 8-bit poison that did best on held-out `ω`.
 
-Attacks that differ in nothing but the estimate, as exact metagradients and evolution strategies do,
-derive from `Ascent` and are thereby comparable.
+Attacks that climb, by exact metagradients or by evolution strategies, derive from `Ascent`; given the
+same start they differ in nothing but the estimate.
 """
 
 from __future__ import annotations
@@ -181,8 +181,9 @@ class Ascent(Attack):
         """The poison that the ascent starts from."""
         if self.start == "flips":
             flips = best_concentrated_flips(
-                task, key, journal, candidates=self.candidates, seeds=self.start_seeds
-            )
+                task, key, journal, candidates=self.candidates, seeds=self.start_seeds,
+                guard=self.guard(),
+            )  # fmt: skip
             return placed(task, flips, jax.random.fold_in(key, 2))
         chosen = chosen_at_random(task, key)
         return task.poison(chosen.indices, task.train_images[chosen.indices], chosen.labels)
@@ -211,10 +212,11 @@ class Ascent(Attack):
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """Climb from the start; the best checked poison, rounded to 8 bits, is the result."""
         start_key, step_key, check_key = jax.random.split(key, 3)
-        arrays = journal.restore()
-        climb = self._start(task, start_key, journal) if arrays is None else _Climb.of(arrays)
+        arrays = journal.restore() or {}
+        begun = "z" in arrays  # otherwise a checkpoint is of the search for the start
+        climb = _Climb.of(arrays) if begun else self._start(task, start_key, journal)
         problem = Problem.of(task, climb.indices, climb.labels, self.goal, self.guard())
-        if arrays is None:
+        if not begun:
             climb, held_out = self._checked(problem, climb, check_key)
             journal.save(climb.arrays(), {"metastep": 0, "held_out_loss": held_out})
         with journal.progress(f"crafting {_name(self)}", self.steps, climb.done) as bar:

@@ -1,7 +1,7 @@
 """Label flips: attacks that draw nothing of their own, used as controls and as a start.
 
-Flips spread over all classes hardly hurt. The same number concentrated on one class and given one
-neighbour's label moves the boundary between the two, and costs many times the accuracy.
+Flips spread over all classes blur every boundary a little. The same number concentrated on one class and
+given one neighbour's label moves the boundary between the two, which costs more accuracy.
 
 Where labels are fixed and pixels are free, the same wrong pairs of image and label can be had: a copy of
 the image takes the place of one that bears the label. The victim mostly still sees the original under
@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
+from poisonbench.arrays import highest
 from poisonbench.attacks import Task
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal
 from poisonbench.threat import Box, Budget, PoisonSet
 from poisonbench.victim.evaluation import ValidationLoss, train
-from poisonbench.victim.training import TrainingRun, TrainingSet, logits
+from poisonbench.victim.training import Guard, TrainingRun, TrainingSet, logits
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,6 @@ def placed(
     return task.poison(places, task.train_images[flips.indices], task.train_labels[places])
 
 
-def highest(
-    values: Float[np.ndarray, " n"], count: int, among: Int[np.ndarray, " m"] | None = None
-) -> Int[np.ndarray, " some"]:
-    """The indices of the largest values, in ascending order; the first of equal ones."""
-    rows = np.arange(len(values)) if among is None else among
-    return np.sort(rows[np.argsort(-values[rows], kind="stable")[:count]]).astype(np.int64)
-
-
 def chosen_at_random(task: Task, key: PRNGKeyArray) -> Flips:
     """As many images as the budget allows, drawn without replacement, with their own labels."""
     indices = _choose(np.arange(len(task.train_labels)), task.num_poison, key)
@@ -140,7 +133,13 @@ def confident_flips(task: Task, key: PRNGKeyArray, *, seeds: int) -> Flips:
 
 
 def best_concentrated_flips(
-    task: Task, key: PRNGKeyArray, journal: Journal, *, candidates: int, seeds: int
+    task: Task,
+    key: PRNGKeyArray,
+    journal: Journal,
+    *,
+    candidates: int,
+    seeds: int,
+    guard: Guard | None = None,
 ) -> Flips:
     """The concentrated flips that hurt most on validation data.
 
@@ -150,24 +149,32 @@ def best_concentrated_flips(
     Args:
         task: what the attacker knows.
         key: randomness of victims and of the choice of images.
-        journal: shows progress.
+        journal: shows progress, and keeps what was tried.
         candidates: ordered pairs to try.
         seeds: victims to train for each.
+        guard: the defence in their steps that the victims train under; None for none.
     """
     victims = jax.random.split(jax.random.fold_in(key, 0), seeds)
-    pairs = [pair for pair in _nearest_pairs(task, victims) if _has_room(task, *pair)][:candidates]
+    tried = journal.restore() or {"damage": np.zeros(0)}
+    if "pairs" not in tried:
+        near = [pair for pair in _nearest_pairs(task, victims, guard) if _has_room(task, *pair)]
+        tried["pairs"] = np.array(near[:candidates], np.int64).reshape(-1, 2)
+    pairs = tried["pairs"].tolist()
     if not pairs:
         raise UserError("no class has as many images as the budget changes: lower --fraction")
-    best: tuple[float, Flips] | None = None
-    with journal.progress("searching flips", len(pairs)) as bar:
-        for source, target in pairs:
-            flips = concentrated_flips(task, source, target, jax.random.fold_in(key, 1))
-            damage = _validation_error(task, placed(task, flips, jax.random.fold_in(key, 2)), victims)
-            if best is None or damage > best[0]:
-                best = damage, flips
-            bar.advance(note=f"{task.class_names[source]} → {task.class_names[target]}")
-    assert best is not None
-    return best[1]
+
+    def flips(source: int, target: int) -> Flips:
+        return concentrated_flips(task, source, target, jax.random.fold_in(key, 1))
+
+    done = len(tried["damage"])
+    with journal.progress("searching flips", len(pairs), done) as bar:
+        for pair in pairs[done:]:
+            poison = placed(task, flips(*pair), jax.random.fold_in(key, 2))
+            damage = _validation_error(task, poison, victims, guard)
+            tried["damage"] = np.append(tried["damage"], damage)
+            journal.save(tried)
+            bar.advance(note=" → ".join(task.class_names[c] for c in pair))
+    return flips(*pairs[int(tried["damage"].argmax())])
 
 
 def _has_room(task: Task, source: int, target: int) -> bool:
@@ -181,21 +188,21 @@ def _choose(rows: np.ndarray, count: int, key: PRNGKeyArray) -> np.ndarray:
     return np.sort(np.asarray(jax.random.choice(key, rows, (count,), replace=False), np.int64))
 
 
-def _nearest_pairs(task: Task, keys: Key[Array, " seeds"]) -> list[tuple[int, int]]:
-    """Ordered pairs of classes, the most confused first."""
-    said = _probabilities(task, keys, task.val_images)
-    confusion = np.stack([said[task.val_labels == c].mean(0) for c in range(task.num_classes)])
-    closeness = confusion + confusion.T
-    pairs = [(a, b) for a in range(task.num_classes) for b in range(task.num_classes) if a != b]
-    return sorted(pairs, key=lambda pair: (-closeness[pair], pair))
+def _nearest_pairs(task: Task, keys: Key[Array, " seeds"], guard: Guard | None) -> list[tuple[int, int]]:
+    """Ordered pairs of the classes that validation data have, the most confused first."""
+    said = _probabilities(task, keys, task.val_images, guard)
+    there = np.unique(task.val_labels).tolist()
+    confusion = {c: said[task.val_labels == c].mean(0) for c in there}
+    pairs = [(a, b) for a in there for b in there if a != b]
+    return sorted(pairs, key=lambda pair: (-sum(confusion[a][b] for a, b in (pair, pair[::-1])), pair))
 
 
 def _probabilities(
-    task: Task, keys: Key[Array, " seeds"], images: np.ndarray
+    task: Task, keys: Key[Array, " seeds"], images: np.ndarray, guard: Guard | None = None
 ) -> Float[np.ndarray, "m classes"]:
     """What victims trained on clean data say of images, on average."""
     clean = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
-    state = _trained(task, clean, keys)
+    state = _trained(task, clean, keys, guard)
 
     @jax.jit
     def probabilities(state: object, images: jax.Array) -> jax.Array:
@@ -206,7 +213,9 @@ def _probabilities(
     return np.concatenate([probabilities(state, jnp.asarray(chunk) / 255) for chunk in chunks])
 
 
-def _validation_error(task: Task, poison: PoisonSet, keys: Key[Array, " seeds"]) -> float:
+def _validation_error(
+    task: Task, poison: PoisonSet, keys: Key[Array, " seeds"], guard: Guard | None
+) -> float:
     data = TrainingSet.clean(*poison.apply(task.train_images, task.train_labels), task.num_classes)
     loss = ValidationLoss(
         task.recipe,
@@ -215,9 +224,9 @@ def _validation_error(task: Task, poison: PoisonSet, keys: Key[Array, " seeds"])
         jnp.asarray(task.val_images),
         jnp.asarray(task.val_labels),
     )
-    return float(jax.jit(lambda loss, state: loss(state))(loss, _trained(task, data, keys)))
+    return float(jax.jit(lambda loss, state: loss(state))(loss, _trained(task, data, keys, guard)))
 
 
-def _trained(task: Task, data: TrainingSet, keys: Key[Array, " seeds"]) -> object:
-    run, state = TrainingRun.start(task.recipe, data, keys)
+def _trained(task: Task, data: TrainingSet, keys: Key[Array, " seeds"], guard: Guard | None) -> object:
+    run, state = TrainingRun.start(task.recipe, data, keys, guard)
     return train(run, state, jnp.zeros((0, *task.train_images.shape[1:])))

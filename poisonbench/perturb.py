@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from poisonbench.attacks import Task
 from poisonbench.errors import UserError
@@ -97,14 +97,3 @@ def _descended(
         return jnp.clip(z - size * jnp.sign(jax.grad(loss)(z, keys[i])), low, high)
 
     return jax.lax.fori_loop(0, len(keys), one_step, z)
-
-
-def boxes(
-    key: PRNGKeyArray, side: Float[Array, " b"], height: int, width: int
-) -> Bool[Array, "b height width"]:
-    """Which pixels lie in a box around a random centre, whose sides are a share of the image's."""
-    centre = jax.random.uniform(key, (2, len(side), 1))
-    rows, columns = ((jnp.arange(n) + 0.5)[None] / n for n in (height, width))
-    half = side[:, None] / 2
-    tall, wide = jnp.abs(rows - centre[0]) <= half, jnp.abs(columns - centre[1]) <= half
-    return tall[:, :, None] & wide[:, None, :]

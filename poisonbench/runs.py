@@ -242,8 +242,8 @@ def _crafting_sources() -> str:
     """The library's code that decides a poison."""
     root = Path(__file__).parent
     names = (
-        "ascent.py", "attacks/__init__.py", "compute.py", "data.py", "flips.py", "perturb.py",
-        "threat.py", "trained.py", "metagradient/*.py", "optimizers/*.py", "victim/*.py",
+        "arrays.py", "ascent.py", "attacks/__init__.py", "compute.py", "data.py", "flips.py",
+        "perturb.py", "threat.py", "trained.py", "metagradient/*.py", "optimizers/*.py", "victim/*.py",
     )  # fmt: skip
     return "".join(path.read_text("utf-8") for name in names for path in sorted(root.glob(name)))
 

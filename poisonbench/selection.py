@@ -7,7 +7,6 @@ many images drawn at random and against all of them, by victims of the same seed
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from pydantic import AwareDatetime, Field
 
 from poisonbench import harness, records
 from poisonbench._files import content_hash, require_writable, write_text
+from poisonbench.arrays import highest
 from poisonbench.data import DataSpec
 from poisonbench.errors import UserError
-from poisonbench.flips import highest
 from poisonbench.progress import Progress
 from poisonbench.records import Config, Hardware, Hash, Name, Percent, Stored
 from poisonbench.runs import load_data
@@ -98,7 +97,7 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[Selection,
     """
     import jax.numpy as jnp
 
-    from poisonbench.defenses import Composed, View, sources
+    from poisonbench.defenses import Composed, View, load, sources
     from poisonbench.victim.evaluation import train_and_score
     from poisonbench.victim.training import TrainingSet
 
@@ -110,8 +109,8 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[Selection,
     count = int(request.keep * number + 1e-9)
     recipe.steps_per_epoch(count)  # refuses a selection smaller than a batch
     half = len(dataset.val_labels) // 2
-    weighing: Any = importlib.import_module("poisonbench.defenses.metagradient_weights")
-    method = weighing.MetagradientWeights(trusted=half, steps=request.steps)
+    weighing: Any = load("metagradient_weights")
+    method = weighing(trusted=half, steps=request.steps)
     decides = [dataset.hashes(), asdict(method), sources(Composed((method,)))]
     folder = out / setting.track.name / f"select-{_identity(request, decides)}"
     require_writable(folder)

@@ -54,8 +54,8 @@ class Budget(BaseModel):
 
     Attributes:
         fraction: share of the whole training set that may be poisoned, in (0, 1), rounded down
-            to whole images; 1 where pixels stay within a radius. The set is the victim's as it
-            would be without the attack, in both modes.
+            to whole images; 1 where pixels stay within a radius or poison is added. The set is the
+            victim's as it would be without the attack, in both modes.
         mode: `replace` puts poison in the place of clean images; `add` puts it beside them, each
             bound to a clean image that it departs from: its label and its radius are that one's.
             The set is longer then, so a poisoned victim and its clean twin share initialisation
@@ -107,7 +107,8 @@ def make_budget(
     """
     if not 0 < fraction < 1 and not (fraction == 1 and (radius is not None or mode == "add")):
         raise UserError(
-            f"--fraction must lie strictly between 0 and 1 (1 itself with --radius), not {fraction:g}"
+            "--fraction must lie strictly between 0 and 1 (1 itself with --radius or"
+            f" --mode add), not {fraction:g}"
         )
     if labels not in ("fixed", "free"):
         raise UserError(f"--labels must be 'fixed' or 'free', not '{labels}'")

@@ -136,7 +136,7 @@ CIFAR10 = Track(
         smooth=SMOOTH.replace(flip=True, crop_padding=4),
         standard=STANDARD.replace(flip=True, crop_padding=4),
     ),
-    attack_options=MappingProxyType({"mgd": {"steps": "80"}}),
+    attack_options=MappingProxyType({"mgd": {"steps": "80"}, "es": {"steps": "80"}}),
 )
 """`poisonbench run --attack mgd --track cifar10`: 1,000 of 40,000 images, 2,880 steps a training.
 

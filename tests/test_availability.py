@@ -133,6 +133,10 @@ def test_targeted_images_are_mistaken() -> None:
     # Rounding to 8 bits moves an image over the boundary here and there.
     assert journal.rows[-1]["mistaken"] == pytest.approx(mistaken, abs=0.03)
     assert np.mean(victim.classes(task.train_images / np.float32(255)) == targets) < 0.1
+    begun = attacks.build("tap", [("steps", "1"), ("step-size", "1e-6")])
+    start = begun.craft(task, KEY, Journal()).images.astype(int) - task.train_images
+    free = (task.train_images >= RADIUS) & (task.train_images <= 255 - RADIUS)
+    assert start[free].std() == pytest.approx(RADIUS / 3**0.5, rel=0.05), "anywhere within the radius"
     with pytest.raises(UserError, match="--shift 10"):
         attacks.build("tap", [("shift", "10")]).craft(task, KEY, Journal())
 
@@ -153,6 +157,14 @@ def test_the_pattern_tells_the_class() -> None:
     blocks = moved.reshape(-1, 4, 2, 4, 2)
     assert (np.ptp(blocks, axis=(2, 4)) == 0).all()
     assert len(np.unique(moved[0])) > 8
+    # Corners of a cube, so that most blocks are near the radius, and no two classes share one.
+    assert np.abs(moved).mean() > 0.7 * RADIUS
+    corners = {np.sign(one).tobytes() for one in moved}
+    assert len(corners) == 10
+    few = attacks.build("lsp", [("blocks", "2")]).craft(grey, KEY, Journal()).images.astype(int) - 128
+    assert len({np.sign(one).tobytes() for one in few}) == 10
+    with pytest.raises(UserError, match="1 colours cannot tell 10 classes apart"):
+        attacks.build("lsp", [("blocks", "1")]).craft(grey, KEY, Journal())
 
 
 @pytest.mark.slow

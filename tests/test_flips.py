@@ -8,7 +8,10 @@ Claims of `poisonbench.flips`, and of the start of `mgd`, tested here:
   those that are worth most; whatever gives no place stays, and no label changes;
 - a class with too few places is refused, and so is a budget under which no wrong pair can be;
 - `label_flip` makes the same wrong pairs under either rule;
-- the pairs that gain most are taken, an image once, a class as often as it has room.
+- the pairs that gain most are taken, an image once, a class as often as it has room;
+- the search for the best concentrated flips takes those that do most harm, also where it was killed in
+  between, on victims under the defence that it is told of, and passes over classes without validation
+  images.
 
 The problem: 40 images of 4×4 in four classes, ten of each.
 """
@@ -16,6 +19,8 @@ The problem: 40 images of 4×4 in four classes, ten of each.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +28,7 @@ import pytest
 
 from poisonbench import attacks
 from poisonbench.attacks import Task, mgd
+from poisonbench.defenses import in_steps
 from poisonbench.errors import UserError
 from poisonbench.flips import Flips, best_concentrated_flips, placed, require_flips
 from poisonbench.journal import Journal
@@ -121,3 +127,46 @@ def test_pairs_without_room_are_no_candidates(monkeypatch: pytest.MonkeyPatch) -
     assert (found.labels == 1).all()
     free = replace(scarce, budget=Budget(fraction=0.1, labels="free"))
     assert (best_concentrated_flips(free, KEY, Journal(), candidates=1, seeds=1).labels == 0).all()
+
+
+def test_a_killed_search_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried: list[int] = []
+
+    def harm(task: Task, poison: Any, keys: Any, guard: Any) -> float:
+        (label,) = set(poison.labels.tolist())
+        tried.append(label)
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        return {1: 0.1, 2: 0.9, 3: 0.9}[label]
+
+    nearest = [[(0, 1), (0, 2), (0, 3)]]
+    monkeypatch.setattr("poisonbench.flips._nearest_pairs", lambda *_: nearest.pop())
+    monkeypatch.setattr("poisonbench.flips._validation_error", harm)
+    searched = task(labels="free")
+    with pytest.raises(KeyboardInterrupt):
+        best_concentrated_flips(searched, KEY, Journal(tmp_path), candidates=3, seeds=1)
+    found = best_concentrated_flips(searched, KEY, Journal(tmp_path), candidates=3, seeds=1)
+    assert tried == [1, 2, 3, 3]
+    assert (LABELS[found.indices] == 0).all()
+    assert (found.labels == 2).all(), "the first of those that do the same harm"
+
+
+def test_a_search_knows_the_defence_and_the_classes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    guards: list[Any] = []
+
+    def trained(task: Task, data: Any, keys: Any, guard: Any) -> Any:
+        guards.append(guard)
+        return jax.numpy.zeros(1)
+
+    def said(recipe: Any, classes: int, state: Any, images: Any) -> Any:
+        return jax.numpy.tile(jax.numpy.arange(4.0), (len(images), 1))
+
+    monkeypatch.setattr("poisonbench.flips._trained", trained)
+    monkeypatch.setattr("poisonbench.flips.logits", said)
+    loss = jax.tree_util.Partial(jax.numpy.sum)
+    monkeypatch.setattr("poisonbench.flips.ValidationLoss", lambda *_: loss)
+    rare = replace(task(labels="free"), val_images=IMAGES[LABELS != 3], val_labels=LABELS[LABELS != 3])
+    mixup = in_steps("mixup")
+    found = best_concentrated_flips(rare, KEY, Journal(), candidates=9, seeds=1, guard=mixup)
+    assert {int(LABELS[found.indices[0]]), int(found.labels[0])} == {1, 2}, "the nearest of 0, 1 and 2"
+    assert guards == [mixup] * 7, "clean victims, and those of six pairs"

@@ -391,7 +391,7 @@ def sources(defense: Composed) -> str:
     """All code that decides what a defence does to a victim."""
     root = Path(__file__).parents[1]
     library = (
-        "defenses/__init__.py", "defended.py", "flips.py", "perturb.py", "trained.py", "_files.py",
+        "defenses/__init__.py", "arrays.py", "defended.py", "trained.py", "_files.py",
         "metagradient/*.py",
     )  # fmt: skip
     paths = [path for name in library for path in sorted(root.glob(name))]

@@ -1,0 +1,27 @@
+"""Small functions of arrays that attacks and defences share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def highest(
+    values: Float[np.ndarray, " n"], count: int, among: Int[np.ndarray, " m"] | None = None
+) -> Int[np.ndarray, " some"]:
+    """The indices of the largest values, in ascending order; the first of equal ones."""
+    rows = np.arange(len(values)) if among is None else among
+    return np.sort(rows[np.argsort(-values[rows], kind="stable")[:count]]).astype(np.int64)
+
+
+def boxes(
+    key: PRNGKeyArray, side: Float[Array, " b"], height: int, width: int
+) -> Bool[Array, "b height width"]:
+    """Which pixels lie in a box around a random centre, whose sides are a share of the image's."""
+    centre = jax.random.uniform(key, (2, len(side), 1))
+    rows, columns = ((jnp.arange(n) + 0.5)[None] / n for n in (height, width))
+    half = side[:, None] / 2
+    tall, wide = jnp.abs(rows - centre[0]) <= half, jnp.abs(columns - centre[1]) <= half
+    return tall[:, :, None] & wide[:, None, :]
