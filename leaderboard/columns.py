@@ -53,6 +53,12 @@ def columns(game: Game) -> list[Column]:
     return [
         *(_drop(recipe) for recipe in game.recipes),
         Column(
+            "above controls",
+            "Whether it ranks above every control of its table. What does not is not shown to work,"
+            " whatever its rank.",
+            lambda row: Cell(row.works), numeric=False,
+        ),
+        Column(
             f"claimed → re-measured, {judge}",
             "The drop that the entry's author measured, and the one that a maintainer measured on hidden"
             " seeds, which decides its rank where there is one.",

@@ -53,6 +53,7 @@ class Row:
             table's records; None where it was not measured.
         rank: its place, from 1; None where the record is set aside.
         tied: another row has the same rank.
+        above_controls: it ranks above every control of its table; None for a control, or without any.
     """
 
     record: Record
@@ -67,6 +68,7 @@ class Row:
     trainings: float | None = None
     rank: int | None = None
     tied: bool = False
+    above_controls: bool | None = None
 
     @cached_property
     def excess(self) -> dict[str, Interval]:
@@ -93,6 +95,16 @@ class Row:
     def place(self) -> str:
         """The rank, and whether it is shared."""
         return f"{self.rank}{'=' if self.tied else ''}"
+
+    @property
+    def remark(self) -> str:
+        """What a maintainer added to a record of ours that is valid; a stranger's is not passed on."""
+        return "" if manifest.FILE in self.beside else self.record.remark
+
+    @property
+    def works(self) -> str:
+        """Whether it ranks above every control, in a word."""
+        return "–" if self.above_controls is None else "yes" if self.above_controls else "no"
 
     @property
     def cost(self) -> str:
@@ -318,12 +330,20 @@ def _with_ranks(rows: list[Row], recipe: str, rules: int) -> list[Row]:
     places = RULES[rules].ranks(drops)
     means = [statistics.fmean(each) for each in drops]
     shared = Counter(places)
+    controls = [i for i, row in enumerate(rows) if row.control]
+    above = RULES[rules].above_all(drops, controls)
     # Rounded, so that the last bit of a machine's floating point does not order two equal drops.
     order = sorted(
         range(len(rows)),
         key=lambda i: (places[i], -round(means[i], 6), rows[i].name, rows[i].folder),
     )
-    return [replace(rows[i], rank=places[i], tied=shared[places[i]] > 1) for i in order]
+    return [
+        replace(
+            rows[i], rank=places[i], tied=shared[places[i]] > 1,
+            above_controls=above[i] if controls and not rows[i].control else None,
+        )
+        for i in order
+    ]  # fmt: skip
 
 
 def _judged(row: Row, recipe: str) -> list[float]:

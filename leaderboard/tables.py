@@ -262,7 +262,8 @@ def _flat(game: Game, row: Row) -> dict[str, object]:
         ):  # fmt: skip
             scores |= _ends(f"{recipe}_{name}", interval)
     flat: dict[str, object] = {
-        "rank": row.rank, "tied": row.tied, "attack": record.attack, "control": row.control is not None,
+        "rank": row.rank, "tied": row.tied, "above_controls": row.above_controls,
+        "attack": record.attack, "control": row.control is not None,
         "attack_config": canonical(record.attack_config), "attack_seed": record.attack_seed,
         "status": record.status, "remark": record.remark,
         "flagged": bool(row.flagged), "disputed": bool(row.disputes),

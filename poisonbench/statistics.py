@@ -8,9 +8,9 @@ alone. Over `n` seeds with differences `d_i` the drop is reported as
 
 Student's 95 % interval for the mean over the victims' randomness, for this poison and test set.
 
-**The rule by which attacks are ranked.** All attacks of a table are judged by the same seeds, and their
-clean victims are the same, so two attacks A and B are compared by the paired differences of their
-drops, `d_A,i - d_B,i`: what a seed does to every victim cancels. Student's statistic of their mean,
+**The rule by which attacks are ranked.** All attacks of a table are judged by the same seeds, so two
+attacks A and B are compared by the paired differences of their drops, `d_A,i - d_B,i`: what a seed does
+to every victim cancels, as far as code and hardware are the same. Student's statistic of their mean,
 
     t = mean(d_A - d_B) · √n / s(d_A - d_B),
 
@@ -21,10 +21,11 @@ each other: the pairs are taken from the largest |t| down, and the one that foll
 too where its two-sided p is at most 0.05 / (m - r); the first that does not ends it.
 
 A ranks above B where the two part and A costs more. An attack's rank is one more than the number of
-attacks that rank above it, so those that the table cannot tell from the best share rank 1. Ranks never
-come from the best of several seeds. An entry that was measured again on hidden seeds is ranked by those
-drops; they have nothing in common with the others' seeds that would cancel, and Student's statistic of
-differences of independent samples holds in whatever order they are paired.
+attacks that rank above it. Two attacks of different ranks need not be told apart from one another:
+whether an attack ranks above the controls, which is what shows that it works, is said of each. Ranks
+never come from the best of several seeds. An entry that was measured again on hidden seeds is ranked by
+those drops; they have nothing in common with the others' seeds that would cancel, and Student's
+statistic of differences of independent samples holds in whatever order they are paired.
 
 Rules have versions. A change of the rule is a new version, and earlier ones stay, so that the tables of
 their time can be made again from the records.
@@ -32,12 +33,12 @@ their time can be made again from the records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict
 
 from poisonbench.errors import UserError
@@ -49,6 +50,8 @@ ROUNDING = 1e-9
 """In points: below it, two accuracies are one."""
 ROWS = 512
 """Rows of a table whose pairs are held in memory at a time."""
+Above = Iterator[Bool[np.ndarray, "rows k"]]
+"""For some rows of a table at a time, which rows rank above each."""
 
 
 class Interval(BaseModel):
@@ -174,30 +177,30 @@ def _quantile(freedom: int) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
-def _above_by_intervals(drops: Float[np.ndarray, "k n"]) -> Int[np.ndarray, " k"]:
-    """How many rows' whole intervals lie above each row's."""
+def _above_by_intervals(drops: Float[np.ndarray, "k n"]) -> Above:
+    """Which rows' whole intervals lie above each row's."""
     intervals = [mean_interval(row) for row in drops.tolist()]
-    lows = np.sort([interval.low for interval in intervals])
-    highs = [interval.high for interval in intervals]
-    return len(lows) - np.searchsorted(lows, highs, side="right")
+    lows = np.array([interval.low for interval in intervals])
+    highs = np.array([interval.high for interval in intervals])
+    for first in range(0, len(lows), ROWS):
+        yield lows[None, :] > highs[first : first + ROWS, None]
 
 
-def _above_by_holm(drops: Float[np.ndarray, "k n"]) -> Int[np.ndarray, " k"]:
-    """How many rows part from each row and lie above it, by paired differences and Holm's correction."""
+def _above_by_holm(drops: Float[np.ndarray, "k n"]) -> Above:
+    """Which rows part from each row and lie above it, by paired differences and Holm's correction."""
     from scipy import stats
 
     number, seeds = drops.shape
-    pairs, parted = number * (number - 1) // 2, 0
-    above = np.zeros(number, int)
+    pairs, parted, least = number * (number - 1) // 2, 0, np.inf
     while parted < pairs:
         # All pairs at the level of the next one: those are parted whatever their order, and if they
         # are no more than before, the next one is not.
         least = float(stats.t.isf((1 - CONFIDENCE) / 2 / (pairs - parted), seeds - 1))
-        above = np.concatenate([(t >= least).sum(1) for t in _paired_statistics(drops)])
-        if int(above.sum()) == parted:
+        found = sum(int((t >= least).sum()) for t in _paired_statistics(drops))
+        if found == parted:
             break
-        parted = int(above.sum())
-    return above
+        parted = found
+    return (t >= least for t in _paired_statistics(drops))
 
 
 def _paired_statistics(drops: Float[np.ndarray, "k n"]) -> Iterator[Float[np.ndarray, "rows k"]]:
@@ -222,14 +225,14 @@ class Rule:
 
     Attributes:
         statement: the rule in words, for the pages.
-        above: of the drops `[k, n]` of k attacks on n seeds, how many attacks rank above each.
+        above: of the drops `[k, n]` of k attacks on n seeds, which attacks rank above each.
     """
 
     statement: str
-    above: Callable[[Float[np.ndarray, "k n"]], Int[np.ndarray, " k"]]
+    above: Callable[[Float[np.ndarray, "k n"]], Above]
 
     def ranks(self, drops: Sequence[Sequence[float]]) -> list[int]:
-        """Each attack's rank, from 1; those that cannot be told apart share one.
+        """Each attack's rank, from 1: one more than the number of attacks that rank above it.
 
         Args:
             drops: for each attack its drop in points, seed by seed, over the same seeds for all.
@@ -237,11 +240,30 @@ class Rule:
         Raises:
             UserError: fewer than two seeds.
         """
+        return [1 + int(count) for part in self._above(drops) for count in part.sum(1)]
+
+    def above_all(self, drops: Sequence[Sequence[float]], some: Collection[int]) -> list[bool]:
+        """Whether each attack ranks above every one of some, such as the controls.
+
+        Args:
+            drops: as of `ranks`.
+            some: which rows.
+
+        Raises:
+            UserError: fewer than two seeds.
+        """
+        above, first = np.ones(len(drops), bool), 0
+        for part in self._above(drops):
+            for row in some:
+                if first <= row < first + len(part):
+                    above &= part[row - first]
+            first += len(part)
+        return above.tolist()
+
+    def _above(self, drops: Sequence[Sequence[float]]) -> Above:
         if len(drops) and len(drops[0]) < 2:
             raise UserError("ranks need at least 2 seeds: one accuracy alone is never a result")
-        if len(drops) < 2:
-            return [1] * len(drops)
-        return [1 + int(count) for count in self.above(np.asarray(drops, np.float64))]
+        return self.above(np.asarray(drops, np.float64)) if len(drops) else iter(())
 
 
 RULES: Mapping[int, Rule] = {

@@ -41,6 +41,7 @@ from poisonbench import records
 from poisonbench.errors import UserError
 from poisonbench.records import Hardware, Record, VictimScores
 from poisonbench.statistics import RULES
+from poisonbench.submission import manifest
 from poisonbench.threat import Budget, LInf
 from poisonbench.tracks import TRACKS
 
@@ -162,8 +163,8 @@ def test_a_row_shows_its_record(tmp_path: Path) -> None:
     here = "digits/mgd/none/run-0"
     # By hand: s = 0.1·√(10/9), t(9) = 2.262157, half = t·s/√10 = 0.0754; 40 victims took 80 s.
     assert rows(page(results))[0] == [
-        "1", "mgd", "10.00 ± 0.08", "10.00 ± 0.08", "90.45 → 80.45", "10.50 ± 0.08", "12 of 500",
-        "1,234 s", "617", "2025-03-01",
+        "1", "mgd", "10.00 ± 0.08", "10.00 ± 0.08", "yes", "90.45 → 80.45", "10.50 ± 0.08",
+        "12 of 500", "1,234 s", "617", "2025-03-01",
         f"[record]({here}/record.json), [poison]({here}/poison.safetensors)",
     ]  # fmt: skip
     (results / here / "summary.png").write_bytes(b"")
@@ -172,7 +173,7 @@ def test_a_row_shows_its_record(tmp_path: Path) -> None:
 
 
 def test_unknown_crafting_time_is_a_dash(tmp_path: Path) -> None:
-    assert rows(page(put(tmp_path, make(crafting_seconds=None))))[0][7:9] == ["–", "–"]
+    assert rows(page(put(tmp_path, make(crafting_seconds=None))))[0][8:10] == ["–", "–"]
 
 
 def test_the_csv_has_the_numbers_in_full(tmp_path: Path) -> None:
@@ -187,7 +188,8 @@ def test_the_csv_has_the_numbers_in_full(tmp_path: Path) -> None:
     assert got == pytest.approx([drop.mean, drop.low, drop.high], abs=1e-6)
     assert table["fraction"].tolist() == [0.025] * 3
     # Ranks stay whole numbers in the text, though one row has none.
-    assert "\n1,False,mgd," in next(t for p, t in tables.build(tmp_path).items() if p.suffix == ".csv")
+    (text,) = (text for path, text in tables.build(tmp_path).items() if path.suffix == ".csv")
+    assert "\n1,False,True,mgd," in text
 
 
 SMOOTH_WIDER = {
@@ -310,6 +312,25 @@ def test_controls_are_marked_and_missed(tmp_path: Path, budget: Budget) -> None:
         assert r"Controls missing: none, noise, label\_flip (spread=concentrated)." in text
 
 
+def test_what_works_ranks_above_every_control(tmp_path: Path) -> None:
+    weak = make("weak", 7.9, 1.0, budget=FREE)  # told apart from noise, not from concentrated flips
+    every = [make("mgd", 20, budget=FREE), weak, *controls(FREE)]
+    shown = {row[1]: row[4] for row in rows(page(put(tmp_path / "all", *every)))}
+    assert (shown.pop("mgd"), shown.pop("weak")) == ("yes", "no")
+    assert set(shown.values()) == {"–"}
+    alone = rows(page(put(tmp_path / "none", make(budget=FREE))))
+    assert alone[0][4] == "–"
+
+
+def test_a_remark_on_a_valid_record_stands_below_its_table(tmp_path: Path) -> None:
+    results = put(tmp_path, make("es", remark="kept | its start"), make("mgd", remark="best of all"))
+    (stranger,) = (tmp_path / "digits" / "mgd" / "none").iterdir()
+    (stranger / manifest.FILE).write_text("")
+    shown = page(results)
+    assert "\n\nes: kept \\| its start\n" in shown
+    assert "best of all" not in shown
+
+
 def test_a_poison_that_was_handed_in_is_no_control(tmp_path: Path) -> None:
     results = put(tmp_path, make("noise", crafting_seconds=None), make("none", 0.0, 0.0))
     assert [row[1] for row in rows(page(results))] == ["noise (from a file)", "*none*"]
@@ -365,7 +386,7 @@ def test_text_from_records_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
     results = put(tmp_path, make("mgd", custom=[name], defense="none", status="valid"))
     (row,) = re.findall(r"<tbody>\s*<tr>(.*?)</tr>", render(page(results)), re.DOTALL)
     cells = re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)
-    assert len(cells) == 11
+    assert len(cells) == 12
     (heading,) = re.findall("<h3>(.*?)</h3>", render(page(results)))
     assert html.unescape(heading).startswith(f"digits, custom ({name}): replace")
     # What stands in the top-level page cannot end its own marked part.

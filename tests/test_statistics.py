@@ -155,6 +155,23 @@ def test_ranks_are_holms(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert RULES[2].ranks(drops.tolist()) == expected
 
 
+def test_above_all_of_some_is_above_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    drops = rng.normal(size=(9, 8)) + np.linspace(0, 6, 9)[:, None] + 5 * rng.normal(size=8)
+    pairs = list(itertools.product(range(9), range(9)))
+    for rule in RULES.values():
+        above = {(a, b): rule.above_all(drops.tolist(), [b])[a] for a, b in pairs}
+        assert rule.ranks(drops.tolist()) == [1 + sum(above[a, b] for a in range(9)) for b in range(9)]
+        for size in (1, 3):
+            monkeypatch.setattr("poisonbench.statistics.ROWS", size)
+            over = rule.above_all(drops.tolist(), [0, 2])
+            assert over == [above[a, 0] and above[a, 2] for a in range(9)]
+            assert sum(over) < 9
+    assert sum(RULES[2].above_all(drops.tolist(), [0, 2])) > 0, "or nothing was tested"
+    assert RULES[2].above_all([[1.0, 2.0]], [0]) == [False]
+    assert RULES[2].above_all([], []) == []
+
+
 def test_what_a_seed_does_to_all_does_not_matter() -> None:
     luck = np.array([0.0, 40.0, -30.0, 20.0, -10.0])
     better = luck + np.array([2.0, 2.1, 1.9, 2.0, 2.1])
