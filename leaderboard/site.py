@@ -136,12 +136,14 @@ def pages(
             yield Path("entries", f"{slugs[row.folder]}.html"), text
 
 
-def require_ours(site: Path) -> None:
+def require_ours(site: Path, results: Path) -> None:
     """Refuse a folder that holds something else, of which nothing may be overwritten or deleted.
 
     Raises:
-        UserError: it does.
+        UserError: it does, the records for one.
     """
+    if results.resolve().is_relative_to(site.resolve()):
+        raise UserError(f"--site {site} holds the records of {results}: name a folder of its own")
     mark = f'name="generator" content="{GENERATOR}"'.encode()
     if _files(site) and not any(mark in path.read_bytes()[:2000] for path in site.glob("*.html")):
         raise UserError(f"{site} holds something else than a board: name an empty folder in --site")

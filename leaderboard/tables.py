@@ -87,7 +87,7 @@ def update(
     stale = sorted(path for path in there if path not in wanted and path not in drawn)
     pages: Iterator[tuple[Path, str]] = iter(())
     if site is not None:
-        require_ours(site)
+        require_ours(site, results)
         made = build_site(results, site, board.games, board.sieges, board.figures, board.left_out)
         pages = ((site / path, text) for path, text in made)
     changed, known = [], set()

@@ -78,7 +78,7 @@ def create(name: str, where: Path) -> Created:
         target, {"pyproject.toml": PYPROJECT.format(**named), f"src/{module}/__init__.py": text}
     )
     path = target / "src" / module / "__init__.py"
-    return Created(path, (f"pip install --editable {package}", check, run))
+    return Created(path, (f"uv pip install --editable {package}", check, run))
 
 
 def _require_name(name: str) -> None:

@@ -83,7 +83,7 @@ def test_a_new_package_is_found(command: Run, tmp_path: Path, monkeypatch: pytes
     package = tmp_path / "poisonbench-my-attack"
     assert Path(path) == package / "src" / "poisonbench_my_attack" / "__init__.py"
     assert commands == [
-        "pip install --editable poisonbench-my-attack", "poisonbench check my_attack",
+        "uv pip install --editable poisonbench-my-attack", "poisonbench check my_attack",
         "poisonbench run --attack my_attack",
     ]  # fmt: skip
     install(package, tmp_path / "elsewhere", monkeypatch)

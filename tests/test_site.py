@@ -359,6 +359,19 @@ def test_a_folder_that_is_no_site_is_left_alone(board: Path, check: bool) -> Non
     assert not (board / "README.md").exists()
 
 
+def test_a_site_around_the_records_is_refused(tmp_path: Path) -> None:
+    """Even where a board lies there already: what is left over of one is deleted."""
+    results = put(tmp_path / "public" / "results", make("mgd"))
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    tables.update(results, site=tmp_path / "board")
+    (tmp_path / "board" / "index.html").rename(tmp_path / "public" / "index.html")
+    with pytest.raises(UserError, match="holds the records of"):
+        tables.update(results, site=tmp_path / "public")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    tables.update(results, site=tmp_path / "public" / "board")
+    assert (tmp_path / "public" / "board" / "index.html").is_file()
+
+
 def calls(results: Path) -> int:
     """Functions called to make everything but drawings, whose cost is bounded by what they show."""
     count = 0
