@@ -66,13 +66,13 @@ class MGD(Ascent):
         differentiated: share of the run, from its end back, that the gradient goes through. What earlier
             steps owe to the poison is left out; at 1 nothing is, and the gradient is exact.
         start: `influence` takes the wrong pairs of image and label that metagradients of `start_seeds`
-            runs rank highest, or within a radius and under fixed labels the highest images; `random` or
-            `flips` otherwise.
+            runs rank highest; `pixels` the images that they rank highest, under their own labels, which
+            `influence` does too within a radius and under fixed labels; `random` or `flips` otherwise.
     """
 
     runs_per_step: int = 1
     differentiated: float = 1.0
-    start: Literal["influence", "random", "flips"] = "influence"
+    start: Literal["influence", "pixels", "random", "flips"] = "influence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +82,7 @@ class MGD(Ascent):
 
     def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """The images that the start names, and the labels that they get."""
-        if self.start == "influence":
+        if self.start in ("influence", "pixels"):
             return self._most_influential(task, jax.random.split(key, self.start_seeds), journal)
         return super().started(task, key, journal)
 
@@ -110,7 +110,8 @@ class MGD(Ascent):
         everything = replace(task, budget=task.budget.model_copy(update={"mode": "replace"}))
         problem = Problem.of(everything, rows, labels, self.goal, self.guard())
         pixels = jnp.asarray(task.train_images, jnp.float32) / 255
-        if task.budget.labels == "fixed" and not isinstance(task.budget.pixels, Box):
+        fixed = task.budget.labels == "fixed" and not isinstance(task.budget.pixels, Box)
+        if fixed or self.start == "pixels":
             influence = jnp.abs(_summed(problem, pixels, None, keys, journal)).sum((1, 2, 3))
             most = highest(np.asarray(influence), task.num_poison)
             return task.poison(most, task.train_images[most], labels[most])
