@@ -8,6 +8,8 @@ Claims of `poisonbench.flips`, and of the start of `mgd`, tested here:
   those that are worth most; whatever gives no place stays, and no label changes;
 - a class with too few places is refused, and so is a budget under which no wrong pair can be;
 - `label_flip` makes the same wrong pairs under either rule;
+- `mgd --start pixels` begins with the images whose own pixels matter most, untouched, and so does
+  `mgd` where no wrong pair can be;
 - the pairs that gain most are taken, an image once, a class as often as it has room;
 - the search for the best concentrated flips takes those that do most harm, also where it was killed in
   between, on victims under the defence that it is told of, and passes over classes without validation
@@ -170,3 +172,18 @@ def test_a_search_knows_the_defence_and_the_classes_there_are(monkeypatch: pytes
     found = best_concentrated_flips(rare, KEY, Journal(), candidates=9, seeds=1, guard=mixup)
     assert {int(LABELS[found.indices[0]]), int(found.labels[0])} == {1, 2}, "the nearest of 0, 1 and 2"
     assert guards == [mixup] * 7, "clean victims, and those of six pairs"
+
+
+def test_pixels_that_matter_most_start_under_their_own_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradient(problem: Any, z: Any, pixels: Any, *_: Any) -> Any:
+        assert pixels is None, "a start from pixels needs no metagradient of labels"
+        return jax.numpy.zeros_like(z).at[jax.numpy.array([3, 8, 21, 30])].set(-1)
+
+    monkeypatch.setattr(mgd, "_summed", gradient)
+    for rules in ({}, {"labels": "free"}, {"pixels": LInf(radius=8)}):
+        start = mgd.MGD(start="pixels").started(task(**rules), KEY, Journal())
+        assert start.indices.tolist() == [3, 8, 21, 30]
+        np.testing.assert_array_equal(start.images, IMAGES[start.indices])
+        np.testing.assert_array_equal(start.labels, LABELS[start.indices])
+    within = mgd.MGD().started(task(pixels=LInf(radius=8)), KEY, Journal())
+    assert within.hash == start.hash
