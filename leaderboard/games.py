@@ -99,7 +99,8 @@ class Row:
     @property
     def remark(self) -> str:
         """What a maintainer added to a record of ours that is valid; a stranger's is not passed on."""
-        return "" if manifest.FILE in self.beside else self.record.remark
+        ours = manifest.FILE not in self.beside and self.record.status == "valid"
+        return self.record.remark if ours else ""
 
     @property
     def works(self) -> str:

@@ -124,11 +124,11 @@ def build(
     """
     known = {field.name.replace("_", "-"): field for field in options(cls)}
     hints = get_type_hints(cls)
-    names = [*map(spelling, known), *also_known]
+    names = [*known, *(option.removeprefix("--") for option in also_known)]
     values: dict[str, Any] = {}
     for option, text in given:
         if option not in known:
-            raise unknown_name(f"option of {name}", spelling(option), names)
+            raise unknown_name(f"option of {name}", option, names, spelling)
         field = known[option]
         try:
             value = TypeAdapter(hints[field.name]).validate_strings(text)

@@ -7,7 +7,7 @@ is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -23,15 +23,19 @@ def plain(text: str, longest: int = 1000) -> str:
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], spelling: Callable[[str], str] = str
+) -> UserError:
     """The error for a name that is not there, with the nearest ones that are.
 
     Args:
         kind: what the name should have named, as in "attack".
         name: what was asked for.
         known: every name that would have worked.
+        spelling: of a name, as the user types it.
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = [spelling(one) for one in difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
+    name, known = spelling(name), [spelling(one) for one in known]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
     return UserError(f"no {kind} called '{name}'; {hint}")

@@ -149,14 +149,16 @@ def best_concentrated_flips(
     Args:
         task: what the attacker knows.
         key: randomness of victims and of the choice of images.
-        journal: shows progress, and keeps what was tried.
+        journal: shows progress, and keeps what was tried. A caller that saves a checkpoint of its own
+            afterwards must not search again when it finds that.
         candidates: ordered pairs to try.
         seeds: victims to train for each.
         guard: the defence in their steps that the victims train under; None for none.
     """
     victims = jax.random.split(jax.random.fold_in(key, 0), seeds)
-    tried = journal.restore() or {"damage": np.zeros(0)}
+    tried = journal.restore() or {}
     if "pairs" not in tried:
+        tried = {"damage": np.zeros(0)}
         near = [pair for pair in _nearest_pairs(task, victims, guard) if _has_room(task, *pair)]
         tried["pairs"] = np.array(near[:candidates], np.int64).reshape(-1, 2)
     pairs = tried["pairs"].tolist()
@@ -171,7 +173,8 @@ def best_concentrated_flips(
         for pair in pairs[done:]:
             poison = placed(task, flips(*pair), jax.random.fold_in(key, 2))
             damage = _validation_error(task, poison, victims, guard)
-            tried["damage"] = np.append(tried["damage"], damage)
+            # A victim that diverges says nothing of the flips.
+            tried["damage"] = np.append(tried["damage"], damage if np.isfinite(damage) else -np.inf)
             journal.save(tried)
             bar.advance(note=" → ".join(task.class_names[c] for c in pair))
     return flips(*pairs[int(tried["damage"].argmax())])

@@ -126,7 +126,8 @@ def evaluate(
     """Retrain victims on a poison file that may come from anybody.
 
     Raises:
-        UserError: the file is not valid, breaks its budget, or is for other data.
+        UserError: the file is not valid, breaks its budget, or is for other data; or the defence cannot
+            work.
     """
     poison = PoisonSet.load(file)
     if not re.fullmatch(records.NAME, name):  # `match` would let a last line end pass

@@ -126,7 +126,7 @@ def test_targeted_images_are_mistaken() -> None:
     task = problem()
     poison, journal = crafted("tap")
     targets = (task.train_labels + 1) % 10
-    _, clean_key, _ = jax.random.split(KEY, 3)
+    _, clean_key, _, _ = jax.random.split(KEY, 4)
     victim = TrainedVictim.on_clean(task, clean_key)
     mistaken = float(np.mean(victim.classes(poison.images / np.float32(255)) == targets))
     assert mistaken > 0.8

@@ -88,7 +88,7 @@ MISTAKES = [
     ("run --attack mgd --step-size", "--step-size"),
     ("run --attack mgd --step-size wide", "--step-size wide"),
     ("run --attack mgd --step-size 0", "--step-size must be above 0"),
-    ("run --attack mgd --step-size nan", "--step-size must be above 0"),
+    ("run --attack mgd --step-size nan", "--step-size nan: give a finite number"),
     ("run --attack mgd --steps -1", "--steps must not be negative"),
     ("run --attack mgd --steps 1.5", "--steps 1.5"),
     ("run --attack mgd --check-every 0", "--check-every must be at least 1"),

@@ -302,7 +302,7 @@ def test_the_picked_epoch_stays() -> None:
         ("mixup", ["spectral.factor=2"], "--defense does not name spectral"),
         ("mixup", ["alpha=2"], "defence.option=value"),
         ("mixup", ["mixup.alpha"], "defence.option=value"),
-        ("mixup", ["mixup.alfa=2"], "did you mean --alpha"),
+        ("mixup", ["mixup.alfa=2"], "did you mean --defense-set mixup.alpha"),
         ("mixup", ["mixup.alpha=0"], "mixup.alpha must be above 0"),
         ("dpa,mixup", [], "cannot be combined"),
         ("epic,dp_sgd", ["epic.every=0"], "every must be at least 1"),

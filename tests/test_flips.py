@@ -139,7 +139,7 @@ def test_a_killed_search_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         tried.append(label)
         if len(tried) == 3:
             raise KeyboardInterrupt
-        return {1: 0.1, 2: 0.9, 3: 0.9}[label]
+        return {1: float("nan"), 2: 0.9, 3: 0.9}[label]
 
     nearest = [[(0, 1), (0, 2), (0, 3)]]
     monkeypatch.setattr("poisonbench.flips._nearest_pairs", lambda *_: nearest.pop())
