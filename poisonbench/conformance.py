@@ -165,7 +165,7 @@ def refused_options(entry: Entry) -> str:
     for field in options(entry.cls):
         option = f"--{field.name.replace('_', '-')}"
         numbers = {int, float} & {hints[field.name], *getattr(hints[field.name], "__args__", ())}
-        for text in ["-1"] * bool(numbers) + ["nan"] * (float in numbers):
+        for text in ["-1"] * bool(numbers):  # what is not finite is refused for every attack alike
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error", RuntimeWarning)  # what is no number is cast to one

@@ -290,23 +290,6 @@ def test_augmented_images_are_mirrored_or_shifted(flip: bool, pad: int) -> None:
     assert {x.tobytes() for x in np.asarray(found)} == possible
 
 
-def test_a_shift_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that a defence's hooks, which have the step's key folded with 1 and 2, never draw from."""
-    drawn: list[bytes] = []
-    real = jax.random.randint
-
-    def spy(key: jax.Array, *rest: Any) -> jax.Array:
-        drawn.append(jax.random.key_data(key).tobytes())
-        return real(key, *rest)
-
-    monkeypatch.setattr(jax.random, "randint", spy)
-    key = jax.random.key(0)
-    augment(Recipe(crop_padding=1), jnp.zeros((2, 4, 4, 1)), key)
-    hooks = {jax.random.key_data(jax.random.fold_in(key, i)).tobytes() for i in (1, 2)}
-    assert len(drawn) == 1
-    assert not hooks & set(drawn)
-
-
 def test_augmentation_differentiates_as_a_linear_map() -> None:
     recipe, key = Recipe(flip=True, crop_padding=1), jax.random.key(0)
     x, v, w = jax.random.normal(jax.random.key(1), (3, 8, 5, 6, 2))

@@ -284,8 +284,7 @@ def augment(
     recipe: Recipe, images: Float[Array, "batch height width channels"], key: PRNGKeyArray
 ) -> Float[Array, "batch height width channels"]:
     """Mirror and shift images as the recipe asks, differentiably, the same for the same key."""
-    # A defence's own augmentation has `fold_in(key, 1)`, which may be the second of a split.
-    flip_key, shift_key = jax.random.split(key)[0], jax.random.fold_in(key, 3)
+    flip_key, shift_key = jax.random.split(key)
     if recipe.flip:
         mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
