@@ -57,8 +57,8 @@ class ActivationClustering(Defense):
         for label in np.unique(view.labels):
             members = np.flatnonzero(view.labels == label)
             count = min(self.components, len(members) - 1, features.shape[1])
-            if count < 1:
-                continue
+            if count < 1 or not np.ptp(features[members], axis=0).any():
+                continue  # nothing can stand apart
             reduced = PCA(count, random_state=seed).fit_transform(features[members])
             part = KMeans(2, n_init=10, random_state=seed).fit_predict(reduced)
             small = int(part.sum() * 2 < len(part))

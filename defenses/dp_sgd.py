@@ -3,7 +3,7 @@
     g = (Σ_j clip_C(g_j) + σ C ε) / parts,    ε ~ N(0, 1),
 
 so that no part moves the mean by more than C / parts. With one image in each part and a count of
-privacy this is differentially private; what matters here is the bound on any one point's influence.
+privacy this is differentially private; what matters here is the bound on what any one part can do.
 
 Papers: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016,
 https://arxiv.org/abs/1607.00133; as a defence against poisoning: Hong, Chandrasekaran, Kaya, Dumitraş

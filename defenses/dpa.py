@@ -25,14 +25,14 @@ which are slower.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray, UInt8
 
 from poisonbench._files import content_hash
-from poisonbench.defenses import Defense, Predictions, View
+from poisonbench.defenses import Defense, Predict, Predictions, View
 from poisonbench.errors import UserError
 from poisonbench.trained import TrainedVictim
 
@@ -51,26 +51,29 @@ class DPA(Defense):
         if self.k < 2:
             raise UserError("dpa.k must be at least 2")
 
-    def train(
-        self, view: View, images: UInt8[np.ndarray, "m h w c"], key: PRNGKeyArray
-    ) -> Predictions | None:
-        """What the vote says, and for how many additions and removals that is certain."""
-        votes = np.zeros((len(images), view.num_classes), int)
+    def train(self, view: View, key: PRNGKeyArray) -> Predict:
+        """The vote of victims on the parts: what it says, and for how many changes that is certain."""
+        victims = []
         for part, rows in enumerate(parts(view.images, view.labels, self.k)):
             if not len(rows):
                 continue
             size = max(4, 1 << (len(rows) - 1).bit_length())
             own = np.resize(rows, size)  # repeated as often as it takes
             recipe = view.recipe.replace(batch_size=min(view.recipe.batch_size, size // 2))
+            own_key = jax.random.fold_in(key, part)
             victim = TrainedVictim.on(
-                view.images[own],
-                view.labels[own],
-                view.num_classes,
-                recipe,
-                jax.random.fold_in(key, part),
+                view.images[own], view.labels[own], view.num_classes, recipe, own_key
             )
-            votes[np.arange(len(images)), victim.classes(images)] += 1
-        return counted(votes)
+            # There may be many: what they trained with is not kept.
+            victims.append(replace(victim, state=replace(victim.state, optimizer=None)))
+
+        def vote(images: UInt8[np.ndarray, "m h w c"]) -> Predictions:
+            votes = np.zeros((len(images), view.num_classes), int)
+            for victim in victims:
+                votes[np.arange(len(images)), victim.classes(images)] += 1
+            return counted(votes)
+
+        return vote
 
 
 def parts(

@@ -49,6 +49,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from poisonbench.defenses import Defense, View
 from poisonbench.errors import UserError
+from poisonbench.journal import Journal
 from poisonbench.metagradient import NonFiniteError, metagradient
 from poisonbench.victim.evaluation import ValidationLoss
 from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState
@@ -81,21 +82,30 @@ class MetagradientWeights(Defense):
 
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
         """The weights after the last metastep, of mean 1 over the images that are left."""
-        learnt = self.learnt(view, key)
+        learnt = self.learnt(view, key, Journal())
         learnt[learnt < LEAST] = 0
         return learnt / learnt[learnt > 0].mean() if learnt.any() else learnt
 
     def learnt(
-        self, view: View, key: PRNGKeyArray, advance: Callable[[], None] = lambda: None
+        self, view: View, key: PRNGKeyArray, journal: Journal, advance: Callable[[], None] = lambda: None
     ) -> Float[np.ndarray, " n"]:
-        """The weights as they come out of the last metastep, float64; `advance` is called after each."""
-        weights = jnp.ones(len(view.labels))
-        for i in range(self.steps):
+        """The weights as they come out of the last metastep, float64.
+
+        Args:
+            view: what is trained on, and the trusted images.
+            key: of the victims.
+            journal: where it goes on from, if it was killed; saved after each metastep.
+            advance: called after each metastep.
+        """
+        arrays = journal.restore() or {"weights": np.ones(len(view.labels)), "done": np.array(0)}
+        weights = jnp.asarray(arrays["weights"], jnp.float32)
+        for i in range(int(arrays["done"]), self.steps):
             gradient = weight_metagradient(view, weights, jax.random.fold_in(key, i))
             apart = gradient - jnp.median(gradient)
             apart /= jnp.maximum(jnp.sqrt(jnp.square(gradient).mean()), TINY)
             size = self.step_size * (1 - 0.9 * i / self.steps)
             weights = jnp.maximum(0, weights - size * jnp.clip(apart, -2, 2))
+            journal.save({"weights": np.asarray(weights), "done": np.array(i + 1)})
             advance()
         return np.array(weights, float)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt8
 
-from poisonbench.defenses import Composed, View
+from poisonbench.defenses import Composed, Predictions, View
 from poisonbench.errors import UserError
 from poisonbench.trained import TrainedVictim
 from poisonbench.victim.evaluation import train_and_score_epochs
@@ -62,11 +62,9 @@ def train_and_score(
     Raises:
         UserError: the defence drops every image.
     """
-    recipe = view.recipe
     own = [jax.random.fold_in(key, DEFENSE) for key in keys]
-    said = [defense.train(view, images, key) for key in own]
-    if said[0] is not None:
-        return _replaced([p for p in said if p is not None], recipe.epochs, labels)
+    if (said := _replaced(defense, view, own, images)) is not None:
+        return _answered(said, view.recipe.epochs, labels)
     views = [replace(view, images=defense.preprocess(view, key)) for key in own]
     if all(np.array_equal(each.images, views[0].images) for each in views):
         return _together(defense, views[0], keys, own, images, labels)
@@ -121,12 +119,23 @@ def _together(
     return Defended(test, weights)
 
 
-def _replaced(said: list, epochs: int, labels: np.ndarray) -> Defended:  # type: ignore[type-arg]
+def _replaced(
+    defense: Composed, view: View, keys: list[PRNGKeyArray], images: np.ndarray
+) -> list[Predictions] | None:
+    """What takes the place of each victim says of test images, which it meets once it is made."""
+    said = []
+    for key in keys:
+        if (predict := defense.train(view, key)) is None:
+            return None
+        said.append(predict(images))
+    return said
+
+
+def _answered(said: list[Predictions], epochs: int, labels: np.ndarray) -> Defended:
     right = np.stack([p.classes == labels for p in said])
     by_epoch = np.repeat(right.mean(1, keepdims=True) * 100.0, epochs, axis=1)
-    certified = None
-    if said[0].certified is not None:
-        certified = np.where(right, np.stack([p.certified for p in said]), -1)
+    promised = [p.certified for p in said if p.certified is not None]
+    certified = np.where(right, np.stack(promised), -1) if promised else None
     return Defended(by_epoch, None, certified)
 
 
@@ -160,7 +169,7 @@ def _stacked(several: list[np.ndarray | None], number: int) -> np.ndarray | None
     rows = [np.ones(number) if weights is None else np.asarray(weights, float) for weights in several]
     for row in rows:
         if not (np.isfinite(row).all() and (row >= 0).all()):
-            raise UserError("a defence gave weights that are negative or not finite")
+            raise UserError("the defence gave weights that are negative or not finite: correct its code")
         if not row.any():
             raise UserError("the defence drops every image of the training set: weaken it")
     return np.stack(rows).astype(np.float32)

@@ -17,6 +17,7 @@ from poisonbench import _plugins
 from poisonbench.errors import UserError
 from poisonbench.hooks import Defense as Defense
 from poisonbench.hooks import Loss as Loss
+from poisonbench.hooks import Predict as Predict
 from poisonbench.hooks import Predictions as Predictions
 from poisonbench.hooks import View as View
 from poisonbench.trained import TrainedVictim
@@ -27,22 +28,21 @@ _plugins.extend(__path__, "defenses")
 
 @dataclass(frozen=True)
 class Composed(Defense):
-    """Several defences, one after the other; each sees what it would see alone.
+    """Several defences as one, hook by hook; none sees another's trusted images.
 
     Attributes:
         defenses: in the order in which they are named.
-        names: as typed.
+        names: as typed; those of their classes where they were not.
     """
 
     defenses: tuple[Defense, ...] = field(default=())
     names: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for name in ("every", "parts"):
-            if sum(getattr(d, name) > 0 for d in self.defenses) > 1:
-                raise UserError(
-                    f"two of these defences use `{name}`, of which there can be one: name one"
-                )
+        for option, what in (("every", "look at their victim in training"), ("parts", "cut up batches")):
+            those = [name for name, _ in self._with(option)]
+            if len(those) > 1:
+                raise UserError(f"--defense: {' and '.join(those)} {what}, which only one can: name one")
         if any(d.replaces_training() for d in self.defenses) and len(self.defenses) > 1:
             raise UserError("a defence that replaces training cannot be combined: name it alone")
 
@@ -80,22 +80,22 @@ class Composed(Defense):
         if self.trusted > available:
             raise UserError(
                 f"the defence needs {self.trusted} trusted images, and validation data has {available}:"
-                " lower its option `trusted`"
+                f" lower {self._settings('trusted')}, or give more with --val-size"
             )
         if self.parts and recipe.batch_size % self.parts:
             raise UserError(
                 f"a batch of {recipe.batch_size} cannot be cut into {self.parts} equal parts: give"
-                " another --set batch_size=…"
+                f" another {self._settings('parts')}"
             )
         if self.every >= recipe.epochs:
             raise UserError(
                 f"the defence looks at its victim every {self.every} epochs, and there are"
-                f" {recipe.epochs}: lower its option `every`"
+                f" {recipe.epochs}: lower {self._settings('every')}"
             )
         if number - self.dropped(allowed) < recipe.batch_size:
             raise UserError(
                 f"where {allowed} of {number} images may be poisoned, the defence leaves less than a"
-                f" batch of {recipe.batch_size}: lower --fraction"
+                f" batch of {recipe.batch_size}: lower --fraction, or have it drop fewer"
             )
 
     def preprocess(self, view: View, key: PRNGKeyArray) -> UInt8[np.ndarray, "n h w c"]:
@@ -141,11 +141,19 @@ class Composed(Defense):
             picked, first = picked if epoch is None else epoch, first + defense.trusted
         return picked
 
-    def train(
-        self, view: View, images: UInt8[np.ndarray, "m h w c"], key: PRNGKeyArray
-    ) -> Predictions | None:
+    def train(self, view: View, key: PRNGKeyArray) -> Predict | None:
         """That of the only one, if it does."""
-        return self.defenses[0].train(view, images, key) if len(self.defenses) == 1 else None
+        return self.defenses[0].train(view, key) if len(self.defenses) == 1 else None
+
+    def _with(self, option: str) -> list[tuple[str, Defense]]:
+        """The defences that use what this hyperparameter is of, by name."""
+        names = self.names or tuple(type(defense).__name__ for defense in self.defenses)
+        pairs = zip(names, self.defenses, strict=True)
+        return [(name, defense) for name, defense in pairs if getattr(defense, option)]
+
+    def _settings(self, option: str) -> str:
+        """How a user sets this hyperparameter."""
+        return " and ".join(f"--defense-set {name}.{option}=…" for name, _ in self._with(option))
 
     def _views(self, view: View) -> list[tuple[Defense, View]]:
         """What each of them sees: its own trusted images, and the poison if it is the oracle."""
