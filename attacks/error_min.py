@@ -37,8 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from poisonbench.arrays import to_pixels
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
-from poisonbench.flips import chosen_at_random
 from poisonbench.journal import Journal, pack, unpack
 from poisonbench.perturb import descended, radius, require_radius
 from poisonbench.threat import Budget, PoisonSet
@@ -75,8 +75,8 @@ class ErrorMin(Attack):
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """Train and perturb by turns, through one training run of the victim."""
         pick, run_key = jax.random.split(key)
-        chosen = chosen_at_random(task, pick)
-        indices, labels = chosen.indices, chosen.labels
+        indices = task.random_indices(pick)
+        labels = task.train_labels[indices]
         clean = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
         data = clean.with_poison(indices, labels, add=task.budget.mode == "add")
         run, state = TrainingRun.start(task.recipe, data, run_key[None])
@@ -101,4 +101,5 @@ class ErrorMin(Attack):
                 arrays = {"z": z, "done": np.array(done), "error": np.array(error)}
                 journal.save(arrays | pack(state, "victim"), {"metastep": done, "error": error})
                 bar.advance(steps, f"error {error:.1%}")
-        return task.poison(indices, np.rint(z * 255).astype(np.uint8), labels)
+            bar.advance(run.num_steps - done)  # all is learnt before the end
+        return task.poison(indices, to_pixels(z), labels)

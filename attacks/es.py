@@ -47,6 +47,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from poisonbench.ascent import Ascent
 from poisonbench.attacks import require_at_least_one, require_positive
 from poisonbench.errors import UserError
+from poisonbench.journal import Journal
 from poisonbench.problem import Problem
 from poisonbench.victim.evaluation import ValidationLoss, train
 from poisonbench.victim.training import TrainingRun, TrainState
@@ -72,7 +73,12 @@ class ES(Ascent):
         require_positive(self, "sigma")
 
     def gradient(
-        self, problem: Problem, z: Float[Array, "p h w c"], key: PRNGKeyArray, when: str
+        self,
+        problem: Problem,
+        z: Float[Array, "p h w c"],
+        key: PRNGKeyArray,
+        when: str,
+        journal: Journal,
     ) -> tuple[float, Float[Array, "p h w c"]]:
         """The mean loss of all runs, and the estimate over all pairs."""
         noise_key, run_key = jax.random.split(key)

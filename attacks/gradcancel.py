@@ -23,19 +23,23 @@ What is left open, and how it is settled here:
   ones' gradients are left out of `g`.
 - *The radius*, on which everything depends: five, relative to the norm of the weights, judged by
   victims on validation data; or the one that `--distance` names.
-- *Augmentation*: gradients are of the images as they are, also where the victim's recipe flips and
-  crops.
+- *The ascent's step* is as long as the radius, where the authors' η is 1: where it goes is what counts.
+- *Augmentation and weight decay* are left out: gradients are of the loss of the images as they are, also
+  where the victim's recipe flips, crops and decays.
 
 A target can be reached only if the poison is large enough. In the classifier, whose logits are linear
 in its weights W (bias included), a clean point adds `⟨W, ∇ℓ⟩ = (p - y)·logits`, and no point whatever
 its features can take off more than `𝒲((c - 1)/e)`, where 𝒲 is Lambert's function and c the number of
-classes. So with ε poisons for each clean image, `ε ≥ ⟨W, g⟩ / (n 𝒲((c - 1)/e))` is necessary, not
-sufficient. It is said of every target before pixels are crafted for it.
+classes, of a label that is certain. So with ε poisons for each clean image,
+`ε ≥ ⟨W, g⟩ / (n 𝒲((c - 1)/e))` is necessary, not sufficient. Where labels are not smoothed, it is said
+of every target before pixels are crafted for it.
 
 Measured on `digits` (12 of 500 images, fixed labels, ten pairs of smooth victims): 0.55 ± 0.39 points
 lost with all layers and 0.27 ± 0.18 with the last, which is not told from noise (0.13 to 0.35). The
 bound says why: there are 0.025 poisons for each clean image, and every target that does badly needs
 from 0.4 to 67; at the two nearer ones, where the bound allows it, from 34 to 89 % of the gradient is
+left. On `cifar10-small` (100 of 4,000): 0.73 ± 0.42 with all layers, where noise takes 0.50 ± 0.48; its
+five targets need from 0 to 90 poisons for each clean image, and at the nearest 66 % of the gradient is
 left.
 
 Cost: for each of five radii, `steps` double backward passes over the poison and `trial_seeds` victim
@@ -54,12 +58,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from poisonbench.arrays import chunks
+from poisonbench.arrays import chunks, to_pixels
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
 from poisonbench.errors import UserError
-from poisonbench.flips import chosen_at_random
 from poisonbench.journal import Journal
-from poisonbench.problem import Problem
+from poisonbench.problem import Problem, clean_victim, require_finite
 from poisonbench.progress import say
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.trained import Layers, TrainedVictim
@@ -101,36 +104,44 @@ class GradCancel(Attack):
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """The poison of the radius that does most harm to victims it was not fitted to."""
         pick, clean_key, order_key, trial_key = jax.random.split(key, 4)
-        chosen = chosen_at_random(task, pick)
-        problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
-        images = task.train_images[chosen.indices]
+        indices = task.random_indices(pick)
+        labels, images = task.train_labels[indices], task.train_images[indices]
+        problem = Problem.of(task, indices, labels, "cross_entropy")
         arrays = journal.restore() or {"done": np.array(0), "best": images, "value": np.array(-np.inf)}
         radii = RADII[self.layers] if self.distance is None else (self.distance,)
         done = int(arrays["done"])
         with journal.progress("crafting gradcancel", len(radii), done) as bar:
-            clean = TrainedVictim.on_clean(task, clean_key, self.layers)
+            clean = clean_victim(task, clean_key, self.layers)
             for i in range(done, len(radii)):
                 target = _grad_pc(clean, task, radii[i], jax.random.fold_in(order_key, i))
-                poison, row = self._cancelled(clean, target, task, problem, chosen.indices)
+                poison, row = self._cancelled(clean, target, task, problem, indices, radii[i])
                 value = problem.harm(poison, jax.random.split(trial_key, self.trial_seeds))
-                row |= {"metastep": i + 1, "radius": radii[i], "held_out_loss": value}
+                row |= {"metastep": i + 1, "held_out_loss": value}
                 if value > arrays["value"]:
                     arrays |= {"best": poison, "value": np.array(value)}
                 arrays["done"] = np.array(i + 1)
                 journal.save(arrays, row)
                 bar.advance(note=f"radius {radii[i]:g}: loss {value:.3f}")
-        return task.poison(chosen.indices, arrays["best"], chosen.labels)
+        require_finite(float(arrays["value"]))
+        return task.poison(indices, arrays["best"], labels)
 
     def _cancelled(
-        self, clean: TrainedVictim, target: PyTree, task: Task, problem: Problem, indices: np.ndarray
+        self,
+        clean: TrainedVictim,
+        target: PyTree,
+        task: Task,
+        problem: Problem,
+        indices: np.ndarray,
+        radius: float,
     ) -> tuple[np.ndarray, dict[str, float | int]]:
         """The pixels that cancel best at a target, `[p, h, w, c]` uint8, and how well they do."""
         replaced = indices if task.budget.mode == "replace" else indices[:0]
         kept = np.setdiff1d(np.arange(len(task.train_labels)), replaced)
         gradient = _summed_gradient(clean, target, task.train_images[kept], task.train_labels[kept])
         needed, given = _share_needed(target, gradient, len(kept), task.num_classes), len(indices)
-        say(f"this target needs {needed:.3g} poisons for each clean image; there are"
-            f" {given / len(kept):.3g}")  # fmt: skip
+        if not task.recipe.label_smoothing:  # the bound is of labels that are certain
+            say(f"radius {radius:g}: at least {needed:.3g} poisons for each clean image are necessary,"
+                f" which may not suffice; there are {given / len(kept):.3g}")  # fmt: skip
         z, labels = jnp.asarray(task.train_images[indices] / np.float32(255)), task.train_labels[indices]
         z, left = _climb_down(
             clean, target, gradient, z, jnp.asarray(labels), (problem.low, problem.high),
@@ -139,8 +150,8 @@ class GradCancel(Attack):
         if not np.isfinite(float(left)):
             raise UserError("the gradient to cancel is not finite: lower the victim's learning rate,"
                             " as by --set smooth.learning_rate=…")  # fmt: skip
-        row = {"needed": needed, "given": given / len(kept), "gradient_left": float(left)}
-        return np.asarray(jnp.rint(z * 255), np.uint8), row
+        found = {"needed": needed, "given": given / len(kept), "gradient_left": float(left)}
+        return to_pixels(z), {"radius": radius, **found}
 
 
 def _grad_pc(clean: TrainedVictim, task: Task, radius: float, key: PRNGKeyArray) -> PyTree:
@@ -162,7 +173,6 @@ def _ascend(clean: TrainedVictim, images: Array, labels: Array, order: Array, ra
         rows = order[i]
         inputs = images[rows].astype(jnp.float32) / 255
         gradient = jax.grad(clean.loss)(weights, inputs, labels[rows], jnp.ones(len(rows)))
-        # The step is as long as the radius: where the ascent goes is what counts.
         scale = bound / jnp.maximum(optax.tree.norm(gradient), 1e-30)
         delta = jax.tree.map(lambda w, g, s: w + scale * g - s, weights, gradient, start)
         shrink = jnp.minimum(1, bound / jnp.maximum(optax.tree.norm(delta), 1e-30))

@@ -34,7 +34,6 @@ from jaxtyping import Float, PRNGKeyArray
 
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
 from poisonbench.errors import UserError
-from poisonbench.flips import chosen_at_random
 from poisonbench.journal import Journal
 from poisonbench.perturb import require_radius
 from poisonbench.threat import Budget, LInf, PoisonSet
@@ -64,20 +63,20 @@ class LSP(Attack):
         """Add the pattern of its class to every image that may be changed."""
         assert isinstance(task.budget.pixels, LInf)
         pick, class_key, noise_key = jax.random.split(key, 3)
-        chosen = chosen_at_random(task, pick)
-        images = task.train_images[chosen.indices]
+        indices = task.random_indices(pick)
+        images, labels = task.train_images[indices], task.train_labels[indices]
         _, height, width, channels = images.shape
         grid = (min(self.blocks, height), min(self.blocks, width), channels)
         centres = _corners(class_key, task.num_classes, grid)
         within = np.asarray(jax.random.normal(noise_key, (len(images), *grid)))
-        points = self.separation * centres[chosen.labels] + within
+        points = self.separation * centres[labels] + within
         points /= np.abs(points).max((1, 2, 3), keepdims=True)
         rows, columns = (
             np.arange(side) * n // side for side, n in ((height, grid[0]), (width, grid[1]))
         )
         pattern = np.rint(points * task.budget.pixels.radius)[:, rows][:, :, columns]
-        moved = np.clip(images + pattern, *task.bounds(chosen.indices)).astype(np.uint8)
-        return task.poison(chosen.indices, moved, chosen.labels)
+        moved = np.clip(images + pattern, *task.bounds(indices)).astype(np.uint8)
+        return task.poison(indices, moved, labels)
 
 
 def _corners(

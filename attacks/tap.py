@@ -31,13 +31,13 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from poisonbench.arrays import to_pixels
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
 from poisonbench.errors import UserError
-from poisonbench.flips import chosen_at_random
 from poisonbench.journal import Journal
 from poisonbench.perturb import descended, radius, require_radius
+from poisonbench.problem import clean_victim
 from poisonbench.threat import Budget, PoisonSet
-from poisonbench.trained import TrainedVictim
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class TAP(Attack):
         if self.shift % task.num_classes == 0:
             raise UserError(f"--shift {self.shift} moves no class of {task.num_classes} to another")
         pick, clean_key, step_key, start_key = jax.random.split(key, 4)
-        chosen = chosen_at_random(task, pick)
-        indices, labels = chosen.indices, chosen.labels
+        indices = task.random_indices(pick)
+        labels = task.train_labels[indices]
         targets = ((labels + self.shift) % task.num_classes).astype(np.int32)
         low, high = (bound.astype(np.float32) / 255 for bound in task.bounds(indices))
         z, done = low + (high - low) * np.asarray(jax.random.uniform(start_key, low.shape)), 0
         if (arrays := journal.restore()) is not None:
             z, done = arrays["z"], int(arrays["done"])
         with journal.progress("crafting tap", self.steps, done) as bar:
-            victim = TrainedVictim.on_clean(task, clean_key)
+            victim = clean_victim(task, clean_key)
             while done < self.steps:
                 steps = min(self.check_every, self.steps - done)
                 z = descended(
@@ -88,4 +88,4 @@ class TAP(Attack):
                 taken = float(np.mean(victim.classes(z) == targets))
                 journal.save({"z": z, "done": np.array(done)}, {"metastep": done, "mistaken": taken})
                 bar.advance(steps, f"{taken:.0%} look like their target")
-        return task.poison(indices, np.rint(z * 255).astype(np.uint8), labels)
+        return task.poison(indices, to_pixels(z), labels)

@@ -17,7 +17,7 @@ What is left open, and how it is settled here:
 
 - *The generator.* Two 3×3 convolutions over the image and planes of its label, added to the image
   before a sigmoid onto the pixels that the budget allows. The last layer starts at zero, so that the
-  first poison is the clean image and nothing need be trained beforehand.
+  first poison is the clean image, to a hundredth of the range, and nothing need be trained beforehand.
 - *The follower* starts from a victim trained on clean data; its batch norm keeps that victim's
   statistics. It takes plain gradient steps, whose size is an option, on batches of the poisoned set.
 - *The Hessian* is that of f on a batch, plus a multiple of the identity: away from a minimum it is
@@ -48,11 +48,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from poisonbench.arrays import to_pixels
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
 from poisonbench.errors import UserError
-from poisonbench.flips import chosen_at_random
 from poisonbench.journal import Journal, pack, unpack
-from poisonbench.problem import Problem
+from poisonbench.problem import Problem, clean_victim, require_finite
 from poisonbench.threat import PoisonSet
 from poisonbench.trained import TrainedVictim
 from poisonbench.victim.convolution import convolve, for_backend
@@ -154,16 +154,16 @@ class TGDA(Attack):
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """Play the rounds; the poison of the check that did most harm is the result."""
         pick, clean_key, start_key, round_key, check_key = jax.random.split(key, 5)
-        chosen = chosen_at_random(task, pick)
-        problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
+        indices = task.random_indices(pick)
+        labels, images = task.train_labels[indices], task.train_images[indices]
+        problem = Problem.of(task, indices, labels, "cross_entropy")
         game = _Game(
-            TrainedVictim.on_clean(task, clean_key), problem.data.images, problem.data.labels,
-            problem.data.slot, jnp.asarray(chosen.indices, jnp.int32), problem.low, problem.high,
+            clean_victim(task, clean_key), problem.data.images, problem.data.labels,
+            problem.data.slot, jnp.asarray(indices, jnp.int32), problem.low, problem.high,
             problem.loss.images, problem.loss.labels,
         )  # fmt: skip
         theta = _generator(start_key, task)
         players = (theta, optax.adam(self.leader_rate).init(theta), game.victim.weights)
-        images = task.train_images[chosen.indices]
         start = {"done": np.array(0), "best": images, "value": np.array(-np.inf)}
         arrays = journal.restore() or start | pack(players, "players")
         players = unpack(arrays, "players", players)
@@ -177,14 +177,15 @@ class TGDA(Attack):
                     )
                 row = {"metastep": i + 1, "loss": float(loss)}
                 if (i + 1) % self.check_every == 0 or i + 1 == self.rounds:
-                    images = np.asarray(jnp.rint(_poison(game, players[0]) * 255), np.uint8)
+                    images = to_pixels(_poison(game, players[0]))
                     row["held_out_loss"] = value = problem.harm(images, check_keys)
                     if value > arrays["value"]:
                         arrays |= {"best": images, "value": np.array(value)}
                 arrays |= {"done": np.array(i + 1), **pack(players, "players")}
                 journal.save(arrays, row)
                 bar.advance(note=f"loss {float(loss):.3f}")
-        return task.poison(chosen.indices, arrays["best"], chosen.labels)
+        require_finite(float(arrays["value"]))
+        return task.poison(indices, arrays["best"], labels)
 
 
 def _generator(key: PRNGKeyArray, task: Task) -> PyTree:

@@ -22,7 +22,9 @@ from benchmarks.operations import multiply_adds
 from poisonbench import attacks, tracks
 from poisonbench.data import DataSpec
 from poisonbench.errors import UserError
+from poisonbench.metagradient import plan, state_bytes
 from poisonbench.metagradient.programs import split
+from poisonbench.metagradient.replay import DEFAULT_MEMORY
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState
 
@@ -36,16 +38,20 @@ class Cost(BaseModel):
     Attributes:
         steps: of a training.
         training: of one victim.
-        metagradient: of one, its training included, every state kept and every step run again.
+        forward: steps that a metagradient takes before it differentiates them, within its memory.
+        metagradient: of one, its training included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int
     training: int
+    forward: int
     metagradient: int
 
 
-def cost(recipe: Recipe, images: int, shape: tuple[int, int, int], poisons: int) -> Cost:
+def cost(
+    recipe: Recipe, images: int, shape: tuple[int, int, int], poisons: int, memory: str = DEFAULT_MEMORY
+) -> Cost:
     """Count for one victim, from shapes alone.
 
     Args:
@@ -53,6 +59,7 @@ def cost(recipe: Recipe, images: int, shape: tuple[int, int, int], poisons: int)
         images: in the training set.
         shape: of an image; height, width, channels.
         poisons: images that carry a cotangent.
+        memory: for the states that a metagradient keeps.
     """
     arrays = [
         jax.ShapeDtypeStruct((images, *shape), jnp.uint8),
@@ -77,7 +84,12 @@ def cost(recipe: Recipe, images: int, shape: tuple[int, int, int], poisons: int)
 
     once, back = multiply_adds(step, *arrays), multiply_adds(pull_back, *arrays)
     steps = recipe.num_steps(images)
-    return Cost(steps=steps, training=once * steps, metagradient=(once + back) * steps)
+    state = state_bytes(jax.eval_shape(lambda *a: start(*a)[1], *arrays[:3]))
+    forward = plan(steps, memory=memory, state_bytes=state).forward
+    # What differentiates a step takes it once more.
+    return Cost(
+        steps=steps, training=once * steps, forward=forward, metagradient=once * forward + back * steps
+    )
 
 
 def size(spec: DataSpec) -> tuple[int, tuple[int, int, int]]:
@@ -102,14 +114,16 @@ def main(
         raise typer.BadParameter(str(error)) from None
     images, shape = size(preset.dataset)
     poisons = preset.budget.count(images)
-    costs = {name: cost(recipe, images, shape, poisons) for name, recipe in preset.recipes.items()}
-    surrogate = costs[preset.surrogate]
     mgd: Any = attacks.build("mgd", list(preset.attack_options.get("mgd", {}).items()))
+    costs = {
+        name: cost(recipe, images, shape, poisons, mgd.memory) for name, recipe in preset.recipes.items()
+    }
+    surrogate = costs[preset.surrogate]
     checks = mgd.checks * mgd.check_seeds
     gradients = mgd.steps * mgd.runs_per_step + mgd.start_seeds
     rows = {
         **{f"one training, {name}": c.training for name, c in costs.items()},
-        f"one metagradient, {preset.surrogate}": surrogate.metagradient,
+        f"one metagradient ({surrogate.forward:,} steps forward)": surrogate.metagradient,
         f"crafting: {gradients} metagradients, {checks} checks": gradients * surrogate.metagradient
         + checks * surrogate.training,
         f"evaluation: {2 * preset.seeds} victims of each recipe": 2

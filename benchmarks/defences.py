@@ -41,13 +41,14 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.counting import counting
 from benchmarks.pieces import Pieces
-from poisonbench import compute, costs, data, defended, defenses, records, tracks
+from poisonbench import compute, costs, data, defended, defenses, tracks
 from poisonbench._files import require_writable
 from poisonbench.costs import Costs, DefenseCost, Round
 from poisonbench.data import Dataset
 from poisonbench.defenses import Composed, View
 from poisonbench.errors import UserError, plain
 from poisonbench.progress import Progress
+from poisonbench.stored import now, provenance
 from poisonbench.victim.evaluation import train_and_score
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.training import TrainingSet
@@ -160,11 +161,12 @@ def measure(
     dataset = data.load(preset.dataset)
     number = len(dataset.train_labels)
     bench = Bench(dataset, recipe, preset.budget.count(number))
-    code, machine = records.code_version(), records.hardware()
+    where = provenance(command)  # before pieces make the tree dirty
     one_core()
     about = {
-        "track": track, "recipe": recipe.as_dict(), "rounds": rounds, "hardware": machine.model_dump(),
-        "libraries": records.library_versions(), "sources": [defenses.sources(d) for d in several],
+        "track": track, "recipe": recipe.as_dict(), "rounds": rounds,
+        "hardware": where["hardware"].model_dump(), "libraries": where["libraries"],
+        "sources": [defenses.sources(d) for d in several],
         "configs": [defenses.config(d) for d in several],
     }  # fmt: skip
     pieces, found = Pieces(out, about), []
@@ -177,8 +179,7 @@ def measure(
     result = Costs(
         track=track, dataset=preset.dataset, num_train=number, allowed=bench.allowed,
         recipe_name=preset.surrogate, recipe=recipe.as_dict(), multiply_adds=whole, cores=1,
-        defenses=found, command=command, code=code, libraries=records.library_versions(),
-        hardware=machine, created=records.now(),
+        defenses=found, **where | {"created": now()},
     )  # fmt: skip
     result.save(out / f"{track}.json")
     pieces.clear()

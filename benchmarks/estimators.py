@@ -32,7 +32,6 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from pydantic import AwareDatetime
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -41,11 +40,10 @@ from benchmarks import estimating, estimator_pictures
 from benchmarks.estimating import BUDGETS, Quality, Truth
 from benchmarks.pieces import Pieces
 from benchmarks.report import _Frozen
-from poisonbench import records
 from poisonbench._files import require_writable
 from poisonbench.errors import UserError
 from poisonbench.progress import Progress
-from poisonbench.records import Hardware, Stored
+from poisonbench.stored import Measured, hardware, provenance
 
 RESULTS = Path(__file__).parent / "results" / "estimators"
 EXACT = ("exact", "truncated")
@@ -116,7 +114,7 @@ class Leg(_Frozen):
     best: list[float]
 
 
-class Comparison(Stored):
+class Comparison(Measured):
     """All that was measured.
 
     Attributes:
@@ -134,11 +132,6 @@ class Comparison(Stored):
     adam: dict[str, float]
     truths: tuple[Truth, ...]
     qualities: tuple[Quality, ...]
-    created: AwareDatetime
-    command: str
-    code: dict[str, str | bool | None]
-    libraries: dict[str, str]
-    hardware: Hardware
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -152,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it was", file=sys.stderr)
+        print("interrupted; the same command goes on from what it had kept", file=sys.stderr)
         return 130
 
 
@@ -177,16 +170,14 @@ def _run(arguments: argparse.Namespace) -> None:
 
     compute.setup()
     sizes = QUICK if arguments.quick else Sizes()
-    hardware = records.hardware()
-    pieces = Pieces(arguments.out, {"sizes": repr(sizes), "hardware": hardware.model_dump()})
+    pieces = Pieces(arguments.out, {"sizes": repr(sizes), "hardware": hardware().model_dump()})
     if len(pieces):
         print(f"going on from {len(pieces)} results of a run that did not finish", file=sys.stderr)
     bench = Bench(sizes, pieces)
     comparison = Comparison(
         task=bench.problem.task.name, optimizer=str(bench.problem.optimizer), sizes=vars(sizes),
-        factor=bench.factor, **bench.measured(), created=records.now(),
-        command=f"python -m benchmarks.estimators{' --quick' if arguments.quick else ''}",
-        code=records.code_version(), libraries=records.library_versions(), hardware=hardware,
+        factor=bench.factor, **bench.measured(),
+        **provenance(f"python -m benchmarks.estimators{' --quick' if arguments.quick else ''}"),
     )  # fmt: skip
     comparison.save(arguments.out / "estimators.json")
     written = estimator_pictures.write(comparison, arguments.out)

@@ -43,10 +43,10 @@ from benchmarks.pieces import Pieces
 from benchmarks.problems import Setting
 from benchmarks.report import Comparison, Report
 from benchmarks.ways import Way, all_ways
-from poisonbench import records
 from poisonbench._files import require_writable
 from poisonbench.errors import UserError, unknown_name
 from poisonbench.progress import Progress
+from poisonbench.stored import hardware, library_versions, provenance
 
 RESULTS = Path(__file__).parent / "results"
 PROBLEMS = {
@@ -99,7 +99,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it was", file=sys.stderr)
+        print("interrupted; the same command goes on from what it had kept", file=sys.stderr)
         return 130
 
 
@@ -138,7 +138,7 @@ def _check(arguments: argparse.Namespace) -> None:
         for name in given or ():
             if name not in allowed:
                 raise unknown_name(kind, name, allowed)
-    there = records.hardware().cores
+    there = hardware().cores
     if arguments.threads is None:
         arguments.threads = there
     elif not 1 <= arguments.threads <= there:
@@ -156,16 +156,12 @@ def _run(arguments: argparse.Namespace) -> int:
     sizes = Sizes.of(arguments.quick)
     parts = [part for part in PARTS if not arguments.part or part in arguments.part]
     report = Report(
-        created=records.now(),
-        command=_command(arguments),
         quick=arguments.quick,
         rounds=arguments.rounds,
         threads=arguments.threads,
-        hardware=records.hardware(),
         memory_bytes=psutil.virtual_memory().total,
         environment={"OMP_WAIT_POLICY": os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")},
-        code=records.code_version(),
-        libraries=_libraries(),
+        **provenance(_command(arguments)) | {"libraries": _libraries()},
     )
     kept = report.model_dump(
         include={"quick", "rounds", "threads", "hardware", "libraries"}, mode="json"
@@ -232,7 +228,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 def _libraries() -> dict[str, str | None]:
-    found: dict[str, str | None] = dict(records.library_versions())
+    found: dict[str, str | None] = dict(library_versions())
     for name in ("equinox", "torch"):
         try:
             found[name] = importlib.metadata.version(name)

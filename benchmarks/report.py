@@ -11,7 +11,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from benchmarks.operations import Operations
 from benchmarks.problems import Setting
 from poisonbench._files import write_text
-from poisonbench.records import Hardware
+from poisonbench.stored import Hardware
 
 SAME = 1e-3
 """Relative error above which a gradient is not the same one; float32 alone makes about 1e-6."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.problems import Problem
 from poisonbench.errors import UserError
-from poisonbench.records import hardware
+from poisonbench.stored import hardware
 from poisonbench.victim.optimizer import learning_rate_schedule
 from poisonbench.victim.recipe import Recipe
 

@@ -47,6 +47,8 @@ class WithAttack(TyperCommand):
                     (f"{o.flag} {o.kind}", _said(o)) for o in _described.options(attacks.load(named[-1]))
                 ]
                 formatter.write_dl(rows or [("none", "")])
+                for line in _set_by_tracks(named[-1]):
+                    formatter.write_text(line)
 
 
 def new(
@@ -143,6 +145,8 @@ def show(
         print(_described.described(cls))
         for option in options[kind]:
             print(f"\n  {option.flag} {option.kind}\n      {_said(option)}")
+        for line in _set_by_tracks(name) if kind == "attack" else ():
+            print(f"\n  {line}")
         print()
 
 
@@ -162,6 +166,18 @@ def pairs(typed: Sequence[str]) -> list[tuple[str, str]]:
             value = words.pop(0) if words and not words[0].startswith("--") else ""
         found.append((name, value))
     return found
+
+
+def _set_by_tracks(name: str) -> list[str]:
+    """Which defaults of an attack are others on some tracks."""
+    from poisonbench.tracks import TRACKS
+
+    typed = {track.name: track.attack_options.get(name, {}) for track in TRACKS.values()}
+    return [
+        f"On {track}: {' '.join(f'--{option} {value}' for option, value in options.items())}"
+        for track, options in typed.items()
+        if options
+    ]
 
 
 def _said(option: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 CHUNK = 500
 """Images that go through a network at a time."""
@@ -19,6 +19,16 @@ def highest(
     """The indices of the largest values, in ascending order; the first of equal ones."""
     rows = np.arange(len(values)) if among is None else among
     return np.sort(rows[np.argsort(-values[rows], kind="stable")[:count]]).astype(np.int64)
+
+
+def drawn(rows: Int[np.ndarray, " m"], count: int, key: PRNGKeyArray) -> Int[np.ndarray, " count"]:
+    """So many of them without replacement, in ascending order."""
+    return np.sort(np.asarray(jax.random.choice(key, rows, (count,), replace=False), np.int64))
+
+
+def to_pixels(z: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Pixels in [0, 1] as they are stored, with 8 bits."""
+    return np.asarray(jnp.rint(z * 255), np.uint8)
 
 
 def chunks(count: int) -> Iterator[tuple[slice, Int[np.ndarray, " rows"]]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,19 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from poisonbench.arrays import to_pixels
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
 from poisonbench.defenses import in_steps
 from poisonbench.errors import UserError
-from poisonbench.flips import best_concentrated_flips, chosen_at_random, placed, require_flips
-from poisonbench.journal import Journal, pack
-from poisonbench.problem import Problem
+from poisonbench.flips import best_concentrated_flips, placed, require_flips
+from poisonbench.journal import Journal, pack, unpack
+from poisonbench.problem import Problem, require_finite
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import Goal
 from poisonbench.victim.training import Guard
+
+SECOND_MOMENT = 0.95
+"""Share of Adam's second moment that a metastep keeps: gradients grow as the attack bites."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class _Climb:
     Attributes:
         indices, labels: `[p]`, which images are poisoned, and their labels; fixed from the start.
         z: `[p, height, width, channels]`, float32 pixels in [0, 1].
-        optimizer: state of the pixel optimizer, as a list of arrays.
+        optimizer: state of the pixel optimizer.
         done: metasteps taken.
+        checked: how many had been when it was last checked; -1 before the first time.
         best: `[p, height, width, channels]`, uint8, the best poison at any check.
         best_value: its mean loss over the held-out seeds; minus infinity before the first check.
     """
@@ -52,8 +57,9 @@ class _Climb:
     indices: np.ndarray
     labels: np.ndarray
     z: jax.Array
-    optimizer: list[jax.Array]
+    optimizer: optax.OptState
     done: int
+    checked: int
     best: np.ndarray
     best_value: float
 
@@ -64,18 +70,19 @@ class _Climb:
             "labels": self.labels,
             "z": np.asarray(self.z),
             "done": np.array(self.done),
+            "checked": np.array(self.checked),
             "best": self.best,
             "best_value": np.array(self.best_value),
             **pack(self.optimizer, "optimizer"),
         }
 
     @staticmethod
-    def of(arrays: dict[str, np.ndarray]) -> _Climb:
-        """The inverse of `arrays`."""
-        optimizer = [jnp.asarray(arrays[k]) for k in sorted(arrays) if k.startswith("optimizer.")]
+    def of(arrays: dict[str, np.ndarray], optimizer: optax.GradientTransformation) -> _Climb:
+        """The inverse of `arrays`, of an ascent with this pixel optimizer."""
+        z = jnp.asarray(arrays["z"])
         return _Climb(
-            arrays["indices"], arrays["labels"], jnp.asarray(arrays["z"]), optimizer,
-            int(arrays["done"]), arrays["best"], float(arrays["best_value"]),
+            arrays["indices"], arrays["labels"], z, unpack(arrays, "optimizer", optimizer.init(z)),
+            int(arrays["done"]), int(arrays["checked"]), arrays["best"], float(arrays["best_value"]),
         )  # fmt: skip
 
 
@@ -142,12 +149,17 @@ class Ascent(Attack):
                 guard=self.guard(),
             )  # fmt: skip
             return placed(task, flips, jax.random.fold_in(key, 2))
-        chosen = chosen_at_random(task, key)
-        return task.poison(chosen.indices, task.train_images[chosen.indices], chosen.labels)
+        indices = task.random_indices(key)
+        return task.poison(indices, task.train_images[indices], task.train_labels[indices])
 
     @abstractmethod
     def gradient(
-        self, problem: Problem, z: Float[Array, "p h w c"], key: PRNGKeyArray, when: str
+        self,
+        problem: Problem,
+        z: Float[Array, "p h w c"],
+        key: PRNGKeyArray,
+        when: str,
+        journal: Journal,
     ) -> tuple[float, Float[Array, "p h w c"]]:
         """An estimate of `F(z)` and of its gradient, from runs of fresh randomness.
 
@@ -156,6 +168,7 @@ class Ascent(Attack):
             z: the poisoned pixels, in [0, 1].
             key: for these runs alone.
             when: where in the ascent this is, to say in an error.
+            journal: where what takes long may keep its place.
 
         Raises:
             UserError: either is not finite.
@@ -171,54 +184,63 @@ class Ascent(Attack):
         start_key, step_key, check_key = jax.random.split(key, 3)
         arrays = journal.restore() or {}
         begun = "z" in arrays  # otherwise a checkpoint is of the search for the start
-        climb = _Climb.of(arrays) if begun else self._start(task, start_key, journal)
+        if begun:
+            climb = _Climb.of(arrays, self._optimizer())
+        else:
+            climb = self._start(task, start_key, journal)
+            journal.save(climb.arrays(), {"metastep": 0})
         problem = Problem.of(task, climb.indices, climb.labels, self.goal, self.guard())
-        if not begun:
-            climb, held_out = self._checked(problem, climb, check_key)
-            journal.save(climb.arrays(), {"metastep": 0, "held_out_loss": held_out})
         with journal.progress(f"crafting {_name(self)}", self.steps, climb.done) as bar:
+            climb = self._checked_if_due(problem, climb, check_key, journal)
             while climb.done < self.steps:
-                climb, loss = self._metastep(problem, climb, jax.random.fold_in(step_key, climb.done))
-                row = {"metastep": climb.done, "loss": loss}
-                if climb.done % self.check_every == 0 or climb.done == self.steps:
-                    climb, row["held_out_loss"] = self._checked(problem, climb, check_key)
-                journal.save(climb.arrays(), row)
+                climb, loss = self._metastep(
+                    problem, climb, jax.random.fold_in(step_key, climb.done), journal
+                )
+                journal.save(climb.arrays(), {"metastep": climb.done, "loss": loss})
+                climb = self._checked_if_due(problem, climb, check_key, journal)
                 bar.advance(note=f"loss {loss:.3f}")
+        require_finite(climb.best_value)
         return task.poison(climb.indices, climb.best, climb.labels)
 
     def _start(self, task: Task, key: PRNGKeyArray, journal: Journal) -> _Climb:
         start = self.started(task, key, journal)
         z = jnp.asarray(start.images, jnp.float32) / 255
-        optimizer = jax.tree.leaves(self._optimizer().init(z))
-        return _Climb(start.indices, start.labels, z, optimizer, 0, start.images, -np.inf)
+        optimizer = self._optimizer().init(z)
+        return _Climb(start.indices, start.labels, z, optimizer, 0, -1, start.images, -np.inf)
 
-    def _metastep(self, problem: Problem, climb: _Climb, key: PRNGKeyArray) -> tuple[_Climb, float]:
+    def _metastep(
+        self, problem: Problem, climb: _Climb, key: PRNGKeyArray, journal: Journal
+    ) -> tuple[_Climb, float]:
         """One step up, along the gradient of fresh runs; and their mean loss."""
-        value, gradient = self.gradient(problem, climb.z, key, f"at metastep {climb.done}")
-        optimizer = self._optimizer()
-        structure: Any = jax.tree.structure(optimizer.init(climb.z))
-        state = structure.unflatten(climb.optimizer)
-        updates, state = optimizer.update(-gradient, state, climb.z)
+        value, gradient = self.gradient(problem, climb.z, key, f"at metastep {climb.done}", journal)
+        updates, optimizer = self._optimizer().update(-gradient, climb.optimizer, climb.z)
         z = jnp.clip(climb.z + updates, problem.low, problem.high)
-        return replace(climb, z=z, optimizer=jax.tree.leaves(state), done=climb.done + 1), value
+        return replace(climb, z=z, optimizer=optimizer, done=climb.done + 1), value
 
     def _optimizer(self) -> optax.GradientTransformation:
         """Descent on the negated loss."""
         size = optax.linear_schedule(self.step_size, self.step_size / 10, max(1, self.steps))
         if self.update == "adam":
-            # A short second-moment memory: the gradient's scale grows as the attack bites.
-            return optax.adam(size, b1=self.momentum, b2=0.95)
+            return optax.adam(size, b1=self.momentum, b2=SECOND_MOMENT)
         return optax.chain(
             optax.ema(self.momentum), optax.scale_by_sign(), optax.scale_by_learning_rate(size)
         )
 
-    def _checked(self, problem: Problem, climb: _Climb, key: PRNGKeyArray) -> tuple[_Climb, float]:
-        """Hold the poison, as it would be stored, against the best; and its held-out loss."""
-        images = np.asarray(jnp.rint(climb.z * 255), np.uint8)
+    def _checked_if_due(
+        self, problem: Problem, climb: _Climb, key: PRNGKeyArray, journal: Journal
+    ) -> _Climb:
+        """Hold the poison, as it would be stored, against the best, and log its held-out loss."""
+        due = climb.done % self.check_every == 0 or climb.done == self.steps
+        if not due or climb.checked == climb.done:
+            return climb
+        images = to_pixels(climb.z)
         value = problem.harm(images, jax.random.split(key, self.check_seeds))
+        climb = replace(climb, checked=climb.done)
         if value > climb.best_value:
             climb = replace(climb, best=images, best_value=value)
-        return climb, value
+        journal.rows[-1]["held_out_loss"] = value
+        journal.save(climb.arrays())
+        return climb
 
 
 def _name(attack: Attack) -> str:

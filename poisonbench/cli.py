@@ -372,8 +372,17 @@ def main() -> NoReturn:
         text = error.format_message() if isinstance(error, TyperException) else str(error)
         print(f"error: {plain(text)}", file=sys.stderr)
         code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        print(
+            "error: out of memory: lower mgd's --memory, take a machine with more, or have smaller"
+            " victims or less data, as by --set width=… or --train-size",
+            file=sys.stderr,
+        )
+        code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:  # which the parser also makes of a KeyboardInterrupt itself
-        print("interrupted; the same command continues where it was", file=sys.stderr)
+        print("interrupted; the same command goes on from what it had kept", file=sys.stderr)
     sys.exit(code)

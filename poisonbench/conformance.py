@@ -249,11 +249,11 @@ def reports_progress(entry: Entry) -> str:
     attack, journal = entry.built(), Watched()
     entry.craft(entry.game, attack, journal)
     long = journal.rows or {"steps", "rounds"} & {field.name for field in options(entry.cls)}
-    fix = "open `with journal.progress(title, total) as bar:` and call bar.advance() once for each step"
+    fix = "open `with journal.progress(title, total) as bar:`; bar.advance() once a step, to the end"
     if long and not journal.bars:
         raise Failed("it takes steps and shows no progress", fix)
     for total, moved in journal.bars:
-        if not 0 < moved[0] <= total:
+        if moved[0] != total:
             raise Failed(f"a bar of {total} steps ended at {moved[0]}", fix)
     return "" if journal.bars else "no bar, which an attack that takes seconds would need"
 
@@ -282,7 +282,7 @@ def survives_interruption(entry: Entry) -> str:
 def does_harm(entry: Entry) -> str:
     """Victims that it was not fitted to err more often, by the floor, than on clean data.
 
-    What it does beyond noise is for the records to say: published attacks do not always.
+    What it does beyond noise, or beyond its own start, is for the records to say.
     """
     attack = entry.built(ENOUGH)
     if attack.control:

@@ -15,19 +15,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from poisonbench.data import DataSpec
-from poisonbench.records import (
-    Brief,
-    Code,
-    Config,
-    Count,
-    Frozen,
-    Hardware,
-    Libraries,
-    Moment,
-    Name,
-    Record,
-    Stored,
-)
+from poisonbench.records import Record
+from poisonbench.stored import Config, Count, Frozen, Measured, Name
 from poisonbench.victim.recipe import Recipe
 
 FOLDER = "costs"
@@ -80,7 +69,7 @@ class DefenseCost(Frozen):
         return median(self.ratios)
 
 
-class Costs(Stored):
+class Costs(Measured):
     """What defences cost victims of one recipe, on one track's data.
 
     Attributes:
@@ -92,7 +81,6 @@ class Costs(Stored):
         multiply_adds: of an undefended victim.
         cores: that the process was bound to.
         defenses: one entry for each.
-        command, code, libraries, hardware, created: as in a record.
     """
 
     kind: ClassVar[str] = "file of costs"
@@ -106,11 +94,6 @@ class Costs(Stored):
     multiply_adds: int = Field(gt=0)
     cores: int = Field(gt=0)
     defenses: list[DefenseCost]
-    command: Brief
-    code: Code
-    libraries: Libraries
-    hardware: Hardware
-    created: Moment
 
     def counted(self, cost: DefenseCost) -> float:
         """Multiply-adds of a defended victim over those of an undefended one."""

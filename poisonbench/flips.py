@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from poisonbench.arrays import highest
+from poisonbench.arrays import chunks, drawn, highest
 from poisonbench.attacks import Task
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal
 from poisonbench.problem import Problem
-from poisonbench.threat import Box, Budget, PoisonSet
+from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import train
 from poisonbench.victim.training import Guard, TrainingRun, TrainingSet, logits
 
@@ -46,7 +46,7 @@ def require_flips(budget: Budget, name: str) -> None:
     Raises:
         UserError: naming the options to change.
     """
-    if budget.labels == "fixed" and not isinstance(budget.pixels, Box):
+    if not budget.can_flip:
         raise UserError(f"{name} needs wrong labels: give --labels free, or no --radius")
 
 
@@ -78,22 +78,16 @@ def placed(
                 " that copies would take: lower --fraction"
             )
         if worth is None:
-            places[here] = _choose(members, int(here.sum()), jax.random.fold_in(key, int(label)))
+            places[here] = drawn(members, int(here.sum()), jax.random.fold_in(key, int(label)))
         else:
             places[here] = highest(worth, int(here.sum()), members)
     return task.poison(places, task.train_images[flips.indices], task.train_labels[places])
 
 
-def chosen_at_random(task: Task, key: PRNGKeyArray) -> Flips:
-    """As many images as the budget allows, drawn without replacement, with their own labels."""
-    indices = _choose(np.arange(len(task.train_labels)), task.num_poison, key)
-    return Flips(indices, task.train_labels[indices])
-
-
 def random_flips(task: Task, key: PRNGKeyArray) -> Flips:
     """Random images, each with a random wrong label."""
     pick, shift = jax.random.split(key)
-    indices = chosen_at_random(task, pick).indices
+    indices = task.random_indices(pick)
     shifts = np.asarray(jax.random.randint(shift, (len(indices),), 1, task.num_classes))
     return Flips(indices, ((task.train_labels[indices] + shifts) % task.num_classes).astype(np.int32))
 
@@ -115,7 +109,7 @@ def concentrated_flips(task: Task, source: int, target: int, key: PRNGKeyArray) 
             f"class {source} has {len(members)} training images, fewer than the {task.num_poison}"
             " to flip: lower --fraction"
         )
-    indices = _choose(members, task.num_poison, key)
+    indices = drawn(members, task.num_poison, key)
     return Flips(indices, np.full(len(indices), target, np.int32))
 
 
@@ -188,10 +182,6 @@ def _has_room(task: Task, source: int, target: int) -> bool:
     return bool((sizes[needed] >= task.num_poison).all())
 
 
-def _choose(rows: np.ndarray, count: int, key: PRNGKeyArray) -> np.ndarray:
-    return np.sort(np.asarray(jax.random.choice(key, rows, (count,), replace=False), np.int64))
-
-
 def _nearest_pairs(task: Task, keys: Key[Array, " seeds"], guard: Guard | None) -> list[tuple[int, int]]:
     """Ordered pairs of the classes that validation data have, the most confused first."""
     said = _probabilities(task, keys, task.val_images, guard)
@@ -214,8 +204,8 @@ def _probabilities(
         said = jax.vmap(lambda s: logits(task.recipe, task.num_classes, s, images))(state)
         return jax.nn.softmax(said).mean(0)
 
-    chunks = [images[i : i + 500] for i in range(0, len(images), 500)]
-    return np.concatenate([probabilities(state, jnp.asarray(chunk) / 255) for chunk in chunks])
+    parts = [probabilities(state, jnp.asarray(images[rows]) / 255) for _, rows in chunks(len(images))]
+    return np.concatenate(parts)[: len(images)]
 
 
 def _validation_error(

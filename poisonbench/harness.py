@@ -22,7 +22,8 @@ from jaxtyping import PRNGKeyArray
 from poisonbench._files import content_hash, write_text
 from poisonbench.data import Dataset, read_only
 from poisonbench.progress import Progress
-from poisonbench.records import Certificate, Filtering, VictimScores, hardware, library_versions
+from poisonbench.records import Certificate, Filtering, VictimScores
+from poisonbench.stored import hardware, library_versions
 from poisonbench.threat import PoisonSet
 from poisonbench.victim.recipe import Recipe
 
@@ -35,6 +36,8 @@ SHUFFLED = 1
 """Seed of the order of a training set that poison was added to."""
 GROUP = 5
 """Victims trained in one `vmap`: few enough to show progress and to fit in memory."""
+LONG = 200_000
+"""Images in a training, epoch by epoch, from which on victims are trained one by one, to lose little."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,13 @@ def evaluate(
     bare = (dataset.train_images, dataset.train_labels)
     clean = _Condition(bare, np.zeros(number, bool), shield)
     poisoned = _Condition(*_shuffled(poison.apply(*bare), poison.where(number), number), shield)
-    groups = [list(seeds[i : i + GROUP]) for i in range(0, len(seeds), GROUP)]
     victims: list[VictimScores] = []
     total_seconds = 0.0
     with Progress("training victims", 2 * len(recipes) * len(seeds)) as progress:
         for name, recipe in recipes.items():
             scores: dict[str, list[_Scores]] = {"clean": [], "poisoned": []}
-            for group in groups:
+            size = GROUP if number * recipe.epochs < LONG else 1
+            for group in (list(seeds[i : i + size]) for i in range(0, len(seeds), size)):
                 for which, condition in (("clean", clean), ("poisoned", poisoned)):
                     scored = _scores(dataset, condition, recipe, group, folder, reuse)
                     scores[which].append(scored)
@@ -313,7 +316,8 @@ def victim_code() -> str:
     """All that decides a victim besides its arguments: pairs must not mix two versions of it."""
     root = Path(__file__).parent
     learned = (root / "optimizers").glob("*.*")  # code and weights
-    files = [*sorted((root / "victim").glob("*.py")), *sorted(learned), root / "compute.py"]
+    alone = (root / "arrays.py", root / "compute.py")
+    files = [*sorted((root / "victim").glob("*.py")), *sorted(learned), *alone]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return f"{content}{library_versions()}{hardware().model_dump_json()}"
 

@@ -15,7 +15,10 @@ In the order in which a victim meets them:
 7. `pick`: which epoch's victim is kept, by its accuracy on trusted images;
 8. `train`: something else altogether in the place of training.
 
-Several compose: each hook passes on what the one before it gave, in the order in which they are named.
+Several compose hook by hook: all that preprocess do, then all that filter, and so on; within a hook they
+come in the order in which they are named. `preprocess`, `augment` and `transform` work on what the one
+before gave; filters all see the same images, and their weights are multiplied; of several that pick an
+epoch, the last decides. `revise` and `aggregate` are one defence's alone, and so is `train`.
 """
 
 from __future__ import annotations
@@ -88,6 +91,10 @@ class Predictions:
     certified: Int[np.ndarray, " m"] | None = None
 
 
+Predict = Callable[[UInt8[np.ndarray, "m h w c"]], Predictions]
+"""The answers of what took the place of a trained victim, for images it has not seen."""
+
+
 class Defense(ABC):  # noqa: B024 - hooks are optional; the class is what `load` looks for
     """A change to how victims are trained; subclasses are frozen dataclasses of their hyperparameters.
 
@@ -155,8 +162,6 @@ class Defense(ABC):  # noqa: B024 - hooks are optional; the class is what `load`
         """Which epoch's victim is kept, by the trusted images that it gets right; None for the last."""
         return None
 
-    def train(
-        self, view: View, images: UInt8[np.ndarray, "m h w c"], key: PRNGKeyArray
-    ) -> Predictions | None:
-        """What takes the place of training says of these test images; None to train as usual."""
+    def train(self, view: View, key: PRNGKeyArray) -> Predict | None:
+        """What takes the place of a trained victim; None to train as usual."""
         return None

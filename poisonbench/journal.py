@@ -57,6 +57,15 @@ class Journal:
         if self._path is not None:
             _checkpoint.write(self._path, arrays, {"rows": self.rows, "seconds": self.seconds})
 
+    def forget(self) -> None:
+        """Remove the checkpoint."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def aside(self, name: str) -> Path | None:
+        """Where one long step may keep its own place, between two checkpoints; None without a folder."""
+        return None if self._path is None else self._path.with_stem(f"{self._path.stem}-{name}")
+
     def progress(self, title: str, total: int, done: int = 0) -> Progress:
         """A bar on standard error."""
         return Progress(title, total, done)

@@ -18,8 +18,6 @@ from poisonbench.threat import Budget, LInf
 from poisonbench.trained import TrainedVictim
 from poisonbench.victim.training import augment
 
-"""Images moved in one compiled program: as many at a time as fit any memory."""
-
 
 def require_radius(budget: Budget, name: str) -> None:
     """Refuse a budget in which a perturbation has no size.

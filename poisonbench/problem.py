@@ -1,4 +1,4 @@
-"""The loss of victims after training, as a function of the poison that they are trained with."""
+"""The victims that an attacker trains: their loss after training, as a function of the poison."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Key, PRNGKeyArray, UInt8
 
 from poisonbench.attacks import Task
+from poisonbench.errors import UserError
+from poisonbench.trained import Layers, TrainedVictim
 from poisonbench.victim.evaluation import Goal, ValidationLoss, train
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.training import Guard, TrainingRun, TrainingSet, TrainState
@@ -55,6 +57,29 @@ class Problem:
         run, state = self.start(keys)
         state = train(run, state, jnp.asarray(images, jnp.float32) / 255)
         return float(_evaluate(self.loss, state))
+
+
+def clean_victim(task: Task, key: PRNGKeyArray, layers: Layers = "all") -> TrainedVictim:
+    """A victim trained on the task's data as they are, of which these weights may move."""
+    return TrainedVictim.on(
+        task.train_images, task.train_labels, task.num_classes, task.recipe, key, layers
+    )
+
+
+def require_finite(best: float) -> None:
+    """Refuse to hand in a poison of which no check had a finite loss.
+
+    Args:
+        best: the highest loss of all checks; minus infinity where there was none.
+
+    Raises:
+        UserError: so it is.
+    """
+    if np.isneginf(best):
+        raise UserError(
+            "no check had a finite loss: lower the victim's learning rate, as by"
+            " --set smooth.learning_rate=…"
+        )
 
 
 _evaluate = jax.jit(lambda loss, state: loss(state))

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poisonbench import __version__, attacks, compute, data, harness, records
+from poisonbench import __version__, attacks, compute, data, harness
 from poisonbench._files import digest, replacing, require_writable, write_text
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal, LogRow
 from poisonbench.records import Record
 from poisonbench.setting import Setting
+from poisonbench.stored import NAME, provenance
 from poisonbench.threat import Budget, PoisonSet
 
 OURS = ("*.safetensors", "*.json", "*.png", "*.csv")
@@ -113,9 +114,8 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> Finished:
         "attack_config": attacks.config(request.attack),
         "attack_seed": request.seed,
         "crafting_seconds": round(crafted.seconds, 1),
-        "command": request.command,
     }
-    return _measure(request.setting, dataset, crafted, folder, about, reuse=not fresh)
+    return _measure(request.setting, dataset, crafted, folder, request.command, about, reuse=not fresh)
 
 
 def evaluate(
@@ -128,7 +128,7 @@ def evaluate(
             work.
     """
     poison = PoisonSet.load(file)
-    if not re.fullmatch(records.NAME, name):  # `match` would let a last line end pass
+    if not re.fullmatch(NAME, name):  # `match` would let a last line end pass
         raise UserError(
             f"--name {name[:80]!r}: use up to 64 letters, digits, '-' and '_', a letter or digit first"
         )
@@ -143,11 +143,8 @@ def evaluate(
     kept = folder / "poison.safetensors"
     poison.save(kept)
     crafted = Crafted(kept, PoisonSet.load(kept), 0.0, [])
-    about = {
-        "attack": name, "attack_config": {}, "attack_seed": 0, "crafting_seconds": None,
-        "command": command,
-    }  # fmt: skip
-    return _measure(setting, dataset, crafted, folder, about, reuse=not fresh)
+    about = {"attack": name, "attack_config": {}, "attack_seed": 0, "crafting_seconds": None}
+    return _measure(setting, dataset, crafted, folder, command, about, reuse=not fresh)
 
 
 def publish(folder: Path, results: Path) -> Path:
@@ -277,6 +274,7 @@ def _measure(
     dataset: data.Dataset,
     crafted: Crafted,
     folder: Path,
+    command: str,
     about: dict[str, Any],
     *,
     reuse: bool,
@@ -287,7 +285,6 @@ def _measure(
         same_seeds = all(tuple(v.seeds) == setting.seeds for v in record.victims)
         if same_seeds and record.poison_hash == crafted.poison.hash:
             return Finished(record, folder)
-        path.unlink()
     done = harness.evaluate(
         dataset,
         crafted.poison,
@@ -304,9 +301,9 @@ def _measure(
         surrogate=setting.track.surrogate, victims=done.victims,
         defense=setting.defense_name, defense_config=_defense_config(setting),
         poison_hash=crafted.poison.hash, evaluation_seconds=round(done.seconds, 1),
-        created=records.now(), code=records.code_version(),
-        libraries=records.library_versions(), hardware=records.hardware(),
+        **provenance(command),
     )  # fmt: skip
+    path.unlink(missing_ok=True)  # of other seeds; kept until it can be replaced
     _write_tables(record, crafted, folder)
     from poisonbench import pictures
 

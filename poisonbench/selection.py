@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
-from poisonbench import harness, records
+from poisonbench import harness
 from poisonbench._files import digest, require_writable, write_text
 from poisonbench.arrays import highest
 from poisonbench.data import DataSpec
 from poisonbench.errors import UserError
+from poisonbench.journal import Journal
 from poisonbench.progress import Progress
-from poisonbench.records import Config, Hardware, Hash, Name, Percent, Stored
 from poisonbench.runs import load_data
 from poisonbench.setting import Setting
 from poisonbench.statistics import Interval, mean_interval, paired_drop
+from poisonbench.stored import Config, Hash, Measured, Name, Percent, provenance
 
 FILE = "selection.json"
 
 
-class Selection(Stored):
+class Selection(Measured):
     """What was kept, and what victims that trained on it scored.
 
     Attributes:
@@ -57,11 +58,6 @@ class Selection(Stored):
     whole: list[Percent]
     selected: list[Percent]
     random: list[Percent]
-    created: AwareDatetime
-    command: str
-    code: dict[str, str | bool | None]
-    libraries: dict[str, str]
-    hardware: Hardware
 
     @property
     def gain(self) -> Interval:
@@ -115,34 +111,47 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[Selection,
     require_writable(folder)
     if (folder / FILE).exists() and not fresh:
         return Selection.load(folder / FILE), folder
+    journal = Journal(folder)
+    if fresh:
+        (folder / FILE).unlink(missing_ok=True)
+        journal.forget()
     view = View(
         dataset.train_images, dataset.train_labels, dataset.num_classes, recipe, 0,
         dataset.val_images[:half], dataset.val_labels[:half],
     )  # fmt: skip
-    with Progress("learning weights", request.steps) as bar:
-        weights = method.learnt(view, harness.crafting_key(request.seed), bar.advance)
+    done = journal.restore() or {"done": np.array(0)}
+    with Progress("learning weights", request.steps, int(done["done"])) as bar:
+        weights = method.learnt(view, harness.crafting_key(request.seed), journal, bar.advance)
     kept = highest(weights, count)
-    scores: dict[str, list[float]] = {"whole": [], "selected": [], "random": []}
+    arrays = journal.restore() or {}
     held_out = (dataset.val_images[half:], dataset.val_labels[half:])
-    with Progress("training victims", 3 * len(setting.seeds)) as bar:
-        for seed in setting.seeds:
-            drawn = np.random.default_rng([request.seed, seed]).permutation(number)[:count]
-            for name, rows in (("whole", np.arange(number)), ("selected", kept), ("random", drawn)):
-                part = (dataset.train_images[rows], dataset.train_labels[rows])
-                data = TrainingSet.clean(*part, dataset.num_classes)
-                keys = jnp.stack([harness.evaluation_key(seed)])
-                scores[name].append(float(train_and_score(recipe, data, keys, *held_out)[0, -1]))
-                bar.advance(note=name)
+    jobs = [
+        (seed, which, rows)
+        for seed in setting.seeds
+        for which, rows in (
+            ("whole", np.arange(number)), ("selected", kept),
+            ("random", np.random.default_rng([request.seed, seed]).permutation(number)[:count]),
+        )
+    ]  # fmt: skip
+    scored = np.array(arrays.get("scored", ()), float).tolist()
+    with Progress("training victims", len(jobs), len(scored)) as bar:
+        for seed, which, rows in jobs[len(scored) :]:
+            part = (dataset.train_images[rows], dataset.train_labels[rows])
+            data = TrainingSet.clean(*part, dataset.num_classes)
+            keys = jnp.stack([harness.evaluation_key(seed)])
+            scored.append(float(train_and_score(recipe, data, keys, *held_out)[0, -1]))
+            journal.save(arrays | {"scored": np.array(scored)})
+            bar.advance(note=which)
+    scores = dict(zip(("whole", "selected", "random"), (scored[i::3] for i in range(3)), strict=True))
     selection = Selection(
         track=setting.track.name, custom=list(setting.custom), dataset=setting.dataset,
         hashes=dataset.hashes(), recipe_name=setting.track.surrogate, recipe=recipe.as_dict(),
         method={**asdict(method), "seed": request.seed}, keep=request.keep,
-        kept=kept.tolist(), seeds=list(setting.seeds), **scores, created=records.now(),
-        command=request.command, code=records.code_version(), libraries=records.library_versions(),
-        hardware=records.hardware(),
+        kept=kept.tolist(), seeds=list(setting.seeds), **scores, **provenance(request.command),
     )  # fmt: skip
-    selection.save(folder / FILE)
     write_text(folder / "kept.txt", "".join(f"{index}\n" for index in kept))
+    selection.save(folder / FILE)  # a selection is finished where it is there
+    journal.forget()
     return selection, folder
 
 

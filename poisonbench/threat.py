@@ -92,6 +92,11 @@ class Budget(BaseModel):
             )
         return count
 
+    @property
+    def can_flip(self) -> bool:
+        """Whether wrong labels can be had, as such or by copies in places of other classes."""
+        return self.labels == "free" or isinstance(self.pixels, Box)
+
     def game(self) -> str:
         """The rules in words; attacks under different ones are never ranked together."""
         return f"{self.mode}, {self.labels} labels, {self.pixels}, {self.fraction:.4g} of the set"
@@ -232,6 +237,8 @@ class PoisonSet:
                 f"poisoned images have the shape {self.images.shape[1:]}; the data set's have"
                 f" {train_images.shape[1:]}"
             )
+        if len(np.unique(self.indices)) != len(self):
+            raise UserError("the poison changes one image twice: an index is repeated")
         if len(self) and not 0 <= self.indices.min() <= self.indices.max() < len(train_labels):
             raise UserError(f"a poison index lies outside the {len(train_labels)} training images")
         if len(self) and not 0 <= self.labels.min() <= self.labels.max() < num_classes:

@@ -12,7 +12,6 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from poisonbench.arrays import chunks
-from poisonbench.attacks import Task
 from poisonbench.victim.evaluation import train
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState, features, logits
@@ -39,13 +38,6 @@ class TrainedVictim:
     num_classes: int = field(metadata={"static": True})
     layers: Layers = field(metadata={"static": True})
     state: TrainState
-
-    @staticmethod
-    def on_clean(task: Task, key: PRNGKeyArray, layers: Layers = "all") -> TrainedVictim:
-        """Train one on the task's data."""
-        return TrainedVictim.on(
-            task.train_images, task.train_labels, task.num_classes, task.recipe, key, layers
-        )
 
     @staticmethod
     def on(

@@ -10,38 +10,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
-from poisonbench import compute, data, harness, records
+from poisonbench import compute, data, harness
 from poisonbench._files import require_writable
 from poisonbench.errors import UserError
-from poisonbench.records import Hardware, Hash, Record, Seconds, Stored, VictimScores
+from poisonbench.records import Record, VictimScores
+from poisonbench.stored import Hash, Measured, Seconds, provenance
 from poisonbench.threat import PoisonSet
 from poisonbench.tracks import TRACKS
 
 FILE = "transfer.json"
 
 
-class Transfer(Stored):
+class Transfer(Measured):
     """Scores of one poison on the transfer victims of its track.
 
     Attributes:
         poison_hash: content hash of the poison file.
         victims: scores, recipe by recipe.
         evaluation_seconds: wall time on `hardware`.
-        command: what reproduces it.
-        code: version of poisonbench; the git commit and whether the tree was dirty, where known.
     """
 
     schema_version: Literal[1] = 1
     poison_hash: Hash
     victims: list[VictimScores] = Field(min_length=1)
     evaluation_seconds: Seconds
-    created: AwareDatetime
-    command: str
-    code: dict[str, str | bool | None]
-    libraries: dict[str, str]
-    hardware: Hardware
 
     def is_of(self, record: Record) -> bool:
         """Whether these are the scores that would be measured of this record's poison today."""
@@ -89,8 +83,7 @@ def measure(
     done = harness.evaluate(dataset, poison, dict(track.transfer), seeds, kept, reuse=not fresh)
     transfer = Transfer(
         poison_hash=poison.hash, victims=done.victims, evaluation_seconds=round(done.seconds, 1),
-        created=records.now(), command=command, code=records.code_version(),
-        libraries=records.library_versions(), hardware=records.hardware(),
+        **provenance(command),
     )  # fmt: skip
     transfer.save(path)
     return transfer

@@ -12,19 +12,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from poisonbench.records import (
-    Code,
-    Hardware,
-    Hash,
-    Libraries,
-    Long,
-    Moment,
-    Record,
-    Seconds,
-    Stored,
-    VictimScores,
-)
+from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import CERTAIN, Interval, excess_interval
+from poisonbench.stored import Hash, Measured, Moment, Seconds, Stored
 from poisonbench.texts import URL, Line, Text
 
 FILE = "verification.json"
@@ -32,7 +22,7 @@ DISPUTES = "dispute-*.json"
 FILE_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}[.]json"
 
 
-class Verification(Stored):
+class Verification(Measured):
     """A maintainer's measurement of somebody's poison.
 
     Attributes:
@@ -51,11 +41,6 @@ class Verification(Stored):
     victims: list[VictimScores] = Field(min_length=1)
     secret_hash: Hash
     evaluation_seconds: Seconds
-    created: Moment
-    command: Long
-    code: Code
-    libraries: Libraries
-    hardware: Hardware
 
     def victim(self, name: str) -> VictimScores | None:
         """The scores on the recipe of that name, if it was measured."""

@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 
 from poisonbench import _plugins
 from poisonbench._files import content_hash
+from poisonbench.arrays import drawn
 from poisonbench.data import Dataset, read_only
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal
@@ -66,6 +67,10 @@ class Task:
     def num_poison(self) -> int:
         """How many images the budget allows to change."""
         return self.budget.count(len(self.train_labels))
+
+    def random_indices(self, key: PRNGKeyArray) -> np.ndarray:
+        """As many images as the budget allows, drawn without replacement."""
+        return drawn(np.arange(len(self.train_labels)), self.num_poison, key)
 
     def bounds(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest pixels that the budget allows at these images, uint8."""

@@ -6,4 +6,5 @@ from poisonbench.metagradient.later import Later as Later
 from poisonbench.metagradient.planning import Plan as Plan
 from poisonbench.metagradient.planning import plan as plan
 from poisonbench.metagradient.replay import metagradient as metagradient
+from poisonbench.metagradient.resume import OtherRunError as OtherRunError
 from poisonbench.metagradient.states import state_bytes as state_bytes

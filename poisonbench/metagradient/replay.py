@@ -112,7 +112,8 @@ def metagradient(
     Raises:
         UserError: a step that changes the structure, shapes or dtypes of the state; an objective
             that is not scalar; a bound that no schedule meets; a folder or checkpoint that cannot be
-            written, or a checkpoint of another run.
+            written.
+        OtherRunError: the checkpoint belongs to a run with other arguments.
         NonFiniteError: NaN or infinity in value or gradient; it says at which step.
 
     Warns:

@@ -20,6 +20,10 @@ from poisonbench.metagradient.programs import Cotangents, PyTree
 from poisonbench.metagradient.states import Kept, from_raw, named, to_raw, unnamed
 
 
+class OtherRunError(UserError):
+    """A checkpoint belongs to a run with other arguments."""
+
+
 class Resume:
     """The file of one backward pass.
 
@@ -58,14 +62,14 @@ class Resume:
             cotangents: before any step.
 
         Raises:
-            UserError: the file belongs to another run.
+            OtherRunError: the file belongs to another run.
         """
         stored = _checkpoint.read(self.path)
         if stored is None:
             return None
         arrays, header = stored
         if header.get("identity") != self._identity:
-            raise UserError(
+            raise OtherRunError(
                 f"checkpoint {self.path} belongs to a run with other arguments: remove it, or name"
                 " another"
             )

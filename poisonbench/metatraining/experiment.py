@@ -18,9 +18,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-from pydantic import AwareDatetime
 
-from poisonbench import compute, records, runs
+from poisonbench import compute, runs
 from poisonbench._files import digest, require_writable
 from poisonbench.errors import UserError
 from poisonbench.metatraining import augmentations, pictures
@@ -29,7 +28,7 @@ from poisonbench.metatraining.tasks import DATASETS, FAMILIES, Family, InnerTask
 from poisonbench.metatraining.unroll import Objective
 from poisonbench.optimizers import LearnedOptimizer, weights
 from poisonbench.progress import say
-from poisonbench.records import Config, Hardware, Stored
+from poisonbench.stored import Config, Measured, provenance
 
 WEIGHTS, RECORD, PICTURE, CHECKPOINT = (
     "weights.safetensors", "metatraining.json", "loss.png", "checkpoint.safetensors"
@@ -39,7 +38,7 @@ BANK, HELD_OUT, AUGMENTED = range(3)
 ADAM_RATE = 1e-3
 
 
-class MetaTraining(Stored):
+class MetaTraining(Measured):
     """How weights came about.
 
     Attributes:
@@ -78,11 +77,6 @@ class MetaTraining(Stored):
     inner_steps: int
     broken: int
     seconds: float
-    created: AwareDatetime
-    command: str
-    code: dict[str, str | bool | None]
-    libraries: dict[str, str]
-    hardware: Hardware
 
 
 @dataclass(frozen=True)
@@ -281,11 +275,7 @@ def _recorded(
         inner_steps=int(columns["inner_steps"].sum()),
         broken=int(columns["broken"].sum()),
         seconds=round(trained.seconds, 1),
-        created=records.now(),
-        command=request.command,
-        code=records.code_version(),
-        libraries=records.library_versions(),
-        hardware=records.hardware(),
+        **provenance(request.command),
     )
     if record.broken:
         say(f"{record.broken} differences or gradients were not finite and counted as 0")

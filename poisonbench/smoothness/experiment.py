@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from poisonbench import __version__, records, runs
+from poisonbench import __version__, runs
 from poisonbench._files import digest, require_writable
 from poisonbench.attacks import Task
 from poisonbench.data import Dataset
@@ -25,6 +25,7 @@ from poisonbench.smoothness.pieces import Pieces, code
 from poisonbench.smoothness.probe import Probe
 from poisonbench.smoothness.records import FILE, SmoothnessRecord, Survey
 from poisonbench.smoothness.survey import Surveyor, trainings
+from poisonbench.stored import provenance
 from poisonbench.victim.recipe import Recipe
 
 PUBLISHED = (FILE, "[!.]*.png", "[!.]*.csv")
@@ -151,9 +152,7 @@ def _measured(
         num_train=len(dataset.train_labels),
         num_moved=setting.budget.count(len(dataset.train_labels)),
         probe=probe, base=setting.track.surrogate, recipes=asked, grid=others, landscapes=scapes,
-        seconds=round(pieces.seconds, 1), command=request.command, created=records.now(),
-        code=records.code_version(), libraries=records.library_versions(),
-        hardware=records.hardware(),
+        seconds=round(pieces.seconds, 1), **provenance(request.command),
     )  # fmt: skip
 
 

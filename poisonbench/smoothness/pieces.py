@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from poisonbench import harness
 from poisonbench._files import digest, write_text
-from poisonbench.records import Frozen
+from poisonbench.stored import Frozen
 
 Piece = TypeVar("Piece", bound=Frozen)
 SOURCES = ("attacks/__init__.py", "data.py", "threat.py", "metagradient/*.py")

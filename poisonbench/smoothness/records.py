@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import Field, model_validator
 
 from poisonbench.data import DataSpec
-from poisonbench.records import Config, Frozen, Hardware, Hash, Name, Percent, Seconds, Stored
 from poisonbench.smoothness.intervals import crossed_interval, pairs_interval
 from poisonbench.smoothness.probe import Probe
 from poisonbench.statistics import Interval, mean_interval
+from poisonbench.stored import Config, Frozen, Hash, Measured, Name, Percent, Seconds
 from poisonbench.threat import Budget
 
 FILE = "smoothness.json"
@@ -153,7 +153,7 @@ class Landscape(Frozen):
     seconds: Seconds
 
 
-class SmoothnessRecord(Stored):
+class SmoothnessRecord(Measured):
     """All that was measured in one call, and what it was measured with.
 
     Attributes:
@@ -164,8 +164,6 @@ class SmoothnessRecord(Stored):
         base: name of the recipe that the grid changes.
         recipes, grid, landscapes: the answers.
         seconds: wall time of all measurements, on `hardware`.
-        command: what reproduces it.
-        code: version of poisonbench; the git commit and whether the tree was dirty, where known.
         status: `valid`, or `invalid` with the reason in `remark`.
     """
 
@@ -183,11 +181,6 @@ class SmoothnessRecord(Stored):
     grid: list[Survey]
     landscapes: list[Landscape]
     seconds: Seconds
-    created: AwareDatetime
-    command: str
-    code: dict[str, str | bool | None]
-    libraries: dict[str, str]
-    hardware: Hardware
     status: Literal["valid", "invalid"] = "valid"
     remark: str = ""
 

@@ -33,10 +33,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from poisonbench import harness
-from poisonbench.arrays import highest
+from poisonbench.arrays import CHUNK, highest
 from poisonbench.attacks import Task
 from poisonbench.metagradient import NonFiniteError, metagradient
-from poisonbench.records import Frozen, Percent
 from poisonbench.smoothness import definitions
 from poisonbench.smoothness.pieces import Pieces
 from poisonbench.smoothness.probe import Probe
@@ -49,7 +48,8 @@ from poisonbench.smoothness.records import (
     array,
     numbers,
 )
-from poisonbench.victim.evaluation import CHUNK, ValidationLoss, train
+from poisonbench.stored import Frozen, Percent
+from poisonbench.victim.evaluation import ValidationLoss, train
 from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState, logits
 
 Advance = Callable[[int, str], None]

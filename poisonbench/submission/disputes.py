@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from poisonbench import records, verification
+from poisonbench import verification
 from poisonbench.errors import UserError, plain
 from poisonbench.records import Record
+from poisonbench.stored import now
 from poisonbench.texts import URL
 from poisonbench.verification import Dispute, Verification
 
@@ -36,7 +37,7 @@ def dispute(folder: Path, reason: str, author: str, evidence: str = "") -> tuple
     shown = None if not evidence or re.fullmatch(URL, evidence) else _evidence(Path(evidence), record)
     try:
         said = Dispute(
-            poison_hash=record.poison_hash, reason=reason, author=author, created=records.now(),
+            poison_hash=record.poison_hash, reason=reason, author=author, created=now(),
             evidence=evidence if shown is None else f"evidence-{number}.json",
         )  # fmt: skip
     except ValidationError as error:

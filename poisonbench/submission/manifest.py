@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from poisonbench.records import Frozen, Hash, Name, Stored
+from poisonbench.stored import Frozen, Hash, Name, Stored
 from poisonbench.texts import Address, BibTeX, Licence, Line, Text
 
 FILE = "entry.json"

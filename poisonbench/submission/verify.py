@@ -11,10 +11,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from poisonbench import compute, data, harness, records, tracks, verification
+from poisonbench import compute, data, harness, tracks, verification
 from poisonbench._files import require_writable
 from poisonbench.errors import UserError
 from poisonbench.records import Record
+from poisonbench.stored import provenance
 from poisonbench.submission import bundle, claims, manifest, secret
 from poisonbench.submission.bundle import Bundle
 from poisonbench.submission.manifest import Manifest
@@ -130,8 +131,7 @@ def _measure(
     done = harness.evaluate(dataset, poison, dict(track.recipes), seeds, kept, reuse=not by.fresh)
     return Verification(
         poison_hash=poison.hash, victims=done.victims, secret_hash=secret.digest(by.secret),
-        evaluation_seconds=round(done.seconds, 1), created=records.now(), command=by.command,
-        code=records.code_version(), libraries=records.library_versions(), hardware=records.hardware(),
+        evaluation_seconds=round(done.seconds, 1), **provenance(by.command),
     )  # fmt: skip
 
 

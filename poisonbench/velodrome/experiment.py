@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from poisonbench import records
 from poisonbench._files import content_hash, require_writable
 from poisonbench.errors import UserError, unknown_name
 from poisonbench.metatraining.images import TaskData
 from poisonbench.metatraining.tasks import InnerTask, load_data
 from poisonbench.progress import Progress, say
+from poisonbench.stored import now, provenance
 from poisonbench.velodrome import scores, suite, tables
 from poisonbench.velodrome.contenders import ADAM, BASELINES, Contender, baseline, learned
 from poisonbench.velodrome.records import OptimizerRecord, find, place, stored
@@ -95,7 +95,7 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> list[scores.Scor
         UserError: data cannot be had, a record is of something else, or nothing can be written.
     """
     data = {name: _data(name, task, request.data_dir) for name, task in request.tasks.items()}
-    code = records.code_version()  # before records make the tree dirty
+    where = provenance(request.command)  # before records make the tree dirty
     require_writable(out)
     missing = [
         (name, contender)
@@ -107,7 +107,7 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> list[scores.Scor
     if missing:
         with Progress(f"training on {len(request.tasks)} tasks", points) as bar:
             for name, contender in missing:
-                _measure(request, name, contender, data[name], out, code, bar)
+                _measure(request, name, contender, data[name], out, where, bar)
     return derive(out)
 
 
@@ -206,7 +206,7 @@ def _there(request: Request, name: str, contender: Contender, data: TaskData, ou
 
 def _measure(
     request: Request, name: str, contender: Contender, data: TaskData, out: Path,
-    code: dict[str, str | bool | None], bar: Progress,
+    where: dict[str, Any], bar: Progress,
 ) -> None:  # fmt: skip
     began, task = time.monotonic(), request.tasks[name]
     note = f"{contender.name} on {name}"
@@ -214,7 +214,6 @@ def _measure(
     record = OptimizerRecord(
         **_about(request, name, contender, data),
         losses=stored(curves), seconds=round(time.monotonic() - began, 1),
-        command=request.command, created=records.now(), code=code,
-        libraries=records.library_versions(), hardware=records.hardware(),
+        **where | {"created": now()},
     )  # fmt: skip
     record.save(place(out, name, contender.name))

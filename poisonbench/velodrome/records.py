@@ -8,18 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import Field, model_validator
 
 from poisonbench._files import write_text
 from poisonbench.errors import UserError
-from poisonbench.records import Brief, Config, Count, Hardware, Hash, Long, Name, Seconds, Stored
+from poisonbench.stored import Config, Count, Hash, Long, Measured, Name, Seconds
 from poisonbench.velodrome.contenders import ADAM, Knob
 
 DIGITS = 6
 """Of a stored loss."""
 
 
-class OptimizerRecord(Stored):
+class OptimizerRecord(Measured):
     """One optimizer on one task.
 
     Attributes:
@@ -33,8 +33,6 @@ class OptimizerRecord(Stored):
         losses: `[settings][seeds][points]`, mean loss on fixed training images at steps 0, `every`, …;
             `null` where it was not finite. Adam's go on beyond `steps`: scores are read off them.
         seconds: wall time on `hardware`.
-        command: what reproduces it.
-        code: version of poisonbench; the git commit and whether the tree was dirty, where known.
         status: `valid`, or `invalid` with the reason in `remark`.
     """
 
@@ -50,11 +48,6 @@ class OptimizerRecord(Stored):
     every: Count = Field(gt=0)
     losses: list[list[list[float | None]]]
     seconds: Seconds
-    created: AwareDatetime
-    command: Long
-    code: dict[Brief, Brief | bool | None]
-    libraries: dict[Brief, Brief]
-    hardware: Hardware
     status: Literal["valid", "invalid"] = "valid"
     remark: Long = ""
 

@@ -11,11 +11,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
+from poisonbench.arrays import CHUNK
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.training import Poison, TrainingRun, TrainingSet, TrainState, logits
 
 Goal = Literal["cross_entropy", "error"]
-CHUNK = 500
+KEPT = 2000
+"""Images of which a derivative keeps all that was computed; of more it computes each chunk anew."""
 
 
 @jax.tree_util.register_dataclass
@@ -130,10 +132,11 @@ def train_and_score_epochs(
 def _chunked_logits(
     recipe: Recipe, num_classes: int, state: TrainState, images: Array
 ) -> Float[Array, "m classes"]:
-    # In chunks, since patches of a whole test set would not fit in memory.
+    # In chunks, since what a network computes of a whole test set would not fit in memory.
     def one(image: Array) -> Array:
         return logits(recipe, num_classes, state, image[None].astype(jnp.float32) / 255)[0]
 
     if len(images) <= CHUNK:
         return logits(recipe, num_classes, state, images.astype(jnp.float32) / 255)
-    return jax.lax.map(one, images, batch_size=CHUNK)
+    each = one if len(images) <= KEPT else jax.checkpoint(one)
+    return jax.lax.map(each, images, batch_size=CHUNK)

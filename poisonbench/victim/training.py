@@ -1,6 +1,6 @@
 """Training a victim, as one pure function of (recipe, data, key).
 
-The attack differentiates exactly what the harness runs: both go through `TrainingRun.step`. A
+The attack differentiates exactly what the harness runs: both call a `TrainingRun`. A
 run is a pytree, so its arrays are arguments of compiled programs and not constants in them; and
 it carries a leading axis of seeds, so several victims train in one `vmap`. Everything random
 (initialisation, order, augmentation) is drawn from the run's key before the first step or folded
@@ -284,7 +284,8 @@ def augment(
     recipe: Recipe, images: Float[Array, "batch height width channels"], key: PRNGKeyArray
 ) -> Float[Array, "batch height width channels"]:
     """Mirror and shift images as the recipe asks, differentiably, the same for the same key."""
-    flip_key, shift_key = jax.random.split(key)
+    # 0 to 2 of this key are the step's others: `fold_in(key, 1)` is the second half of `split(key)`.
+    flip_key, shift_key = jax.random.fold_in(key, 3), jax.random.fold_in(key, 4)
     if recipe.flip:
         mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
