@@ -19,7 +19,8 @@ import pytest
 from poisonbench import tracks
 from poisonbench._files import content_hash
 from poisonbench.data import Dataset, DataSpec, load
-from poisonbench.records import Hardware, Record, VictimScores
+from poisonbench.records import Record, VictimScores
+from poisonbench.stored import Hardware
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.tracks import DIGITS
 

@@ -32,7 +32,7 @@ from poisonbench.attacks import Task, error_min
 from poisonbench.data import DataSpec, load
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal, LogRow
-from poisonbench.problem import Problem
+from poisonbench.problem import Problem, clean_victim
 from poisonbench.threat import Budget, LInf, PoisonSet
 from poisonbench.tracks import DIGITS
 from poisonbench.trained import TrainedVictim
@@ -70,7 +70,7 @@ def loss(victim: TrainedVictim, images: np.ndarray, labels: np.ndarray) -> float
 
 def test_a_descent_stays_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     task = problem()
-    victim = TrainedVictim.on_clean(task, KEY)
+    victim = clean_victim(task, KEY)
     rows = np.arange(30)
     labels = (task.train_labels[rows] + 1) % 10
     low, high = bounds = task.bounds(rows)
@@ -96,9 +96,9 @@ def test_error_minimising_noise_is_easy() -> None:
     task = problem()
     poison, journal = crafted("error_min")
     on_it = Task(**{**vars(task), "train_images": poison.images})
-    victim = TrainedVictim.on_clean(on_it, jax.random.key(1))
+    victim = clean_victim(on_it, jax.random.key(1))
     of_signs = Task(**{**vars(task), "train_images": randomly_signed()})
-    control = TrainedVictim.on_clean(of_signs, jax.random.key(1))
+    control = clean_victim(of_signs, jax.random.key(1))
     labels = task.train_labels
     easy = loss(victim, poison.images, labels)
     assert easy < loss(victim, task.train_images, labels) - 0.2
@@ -129,7 +129,7 @@ def test_targeted_images_are_mistaken() -> None:
     poison, journal = crafted("tap")
     targets = (task.train_labels + 1) % 10
     _, clean_key, _, _ = jax.random.split(KEY, 4)
-    victim = TrainedVictim.on_clean(task, clean_key)
+    victim = clean_victim(task, clean_key)
     mistaken = float(np.mean(victim.classes(poison.images) == targets))
     assert mistaken > 0.8
     # Rounding to 8 bits moves an image over the boundary here and there.

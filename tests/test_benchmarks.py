@@ -38,7 +38,7 @@ from benchmarks.operations import Operations, count, multiply_adds  # noqa: E402
 from benchmarks.pieces import Pieces  # noqa: E402
 from benchmarks.problems import Setting  # noqa: E402
 from benchmarks.report import Comparison, Dispatch, Point, Report, Round, Row, Sweep  # noqa: E402
-from poisonbench import records  # noqa: E402
+from poisonbench.stored import hardware, now  # noqa: E402
 from poisonbench.tracks import TRACKS  # noqa: E402
 
 MLP = Setting(kind="mlp", width=3, batch_size=20, steps=11, images=40, held_out=20)
@@ -182,8 +182,8 @@ def _comparison(*rows: Row) -> Comparison:
 
 def _report(**fields: Any) -> Report:
     return Report(
-        created=records.now(), command="x", quick=False, rounds=1, threads=1,
-        hardware=records.hardware(), memory_bytes=2**30, code={}, libraries={}, **fields,
+        created=now(), command="x", quick=False, rounds=1, threads=1,
+        hardware=hardware(), memory_bytes=2**30, code={}, libraries={}, **fields,
     )  # fmt: skip
 
 

@@ -305,7 +305,7 @@ def test_an_interruption_says_that_the_same_command_continues(
     assert (code, out) == (130, "")
     assert "Traceback" not in err
     assert not list(tmp_path.rglob("record.json"))
-    assert "the same command continues where it was" in err
+    assert "the same command goes on from what it had kept" in err
 
 
 def test_a_defect_of_ours_keeps_its_traceback(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +316,19 @@ def test_a_defect_of_ours_keeps_its_traceback(command: Run, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["poisonbench", "run", "--attack", "none"])
     with pytest.raises(ValueError, match="ours"):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")]
+)
+def test_too_little_memory_is_one_line(
+    error: Exception, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runs, "run", full)
+    assert refused(command, "run", "--attack", "none").startswith("error: out of memory: ")
 
 
 def test_the_command_in_a_record_is_what_was_typed(

@@ -116,6 +116,8 @@ FAULTS = [
           SAID: "        steps: some.\n" + SAID}, "progress", "shows no progress", "journal.progress"),
     Fault("a bar too far", {"bar.advance()": "bar.advance(2)"}, "progress", "4 steps ended at 8",
           "once"),
+    Fault("a bar that stops", {"bar.advance()": "bar.advance(label == 0)"}, "progress",
+          "4 steps ended at 1", "once"),
     Fault("half a checkpoint", {"np.empty_like": "np.zeros_like",
           LOOP: RESTORE + LOOP.replace("range(", 'range(int(kept["label"]) + 1, '),
           ADVANCE: ADVANCE + SAVE}, "interruption", "makes another poison",

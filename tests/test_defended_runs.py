@@ -89,7 +89,7 @@ def test_a_certificate_is_recorded_and_holds(tmp_path: Path) -> None:
         (["early_stop", "early_stop.trusted=51"], {}, "needs 51 trusted images"),
         (["dp_sgd", "dp_sgd.parts=7"], {}, "50 cannot be cut into 7"),
         (["spectral"], {"fraction": 0.5}, "less than a batch of 50: lower --fraction"),
-        (["epic"], {}, "every 3 epochs, and there are 1: lower"),
+        (["epic"], {}, r"every 3 epochs, and there are 1: lower --defense-set epic\.every=…"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(

@@ -5,14 +5,17 @@ Claims of `poisonbench.leaderboard.defended` tested here:
 - a defended record is held against the undefended one of the same poison, data, victims and seeds, seed
   by seed; one without such a twin, a custom one and one set aside are left out;
 - price, share won back, precision, recall and clean images lost are those worked out by hand;
-- where nothing was lost for sure there is nothing to win back;
+- where nothing was lost for sure there is nothing to win back, and points are shown instead;
+- a defence that has not met all attacks of a table has no share of them all; controls that are missing
+  are named, and undefended victims stand above;
 - on the front are the defences that no other beats in price and share, controls aside;
 - of several twins the one of the same attack counts, and a record that has one is never left out;
 - controls come first; two records of a defence are told apart by their options;
 - defended records stand in no table of attacks, and the page, the CSV and the figure show them;
 - what a defence costs is read from the results, where it was measured on the same data, victims and
   hyperparameters, and the tables are out of date where it changes;
-- on record the oracle wins back everything within its interval, and the random filter nothing;
+- on record the oracle wins back everything within its interval, and the random filter nothing, both in
+  the table as a whole and attack by attack, on victims of every recipe;
 - a certificate is shown beside the accuracy that attacks of as many changes left; of the committed
   records none left less than was promised, and some of them try it.
 """
@@ -33,6 +36,7 @@ from poisonbench import records
 from poisonbench.costs import Costs, DefenseCost, Round
 from poisonbench.errors import UserError
 from poisonbench.records import Certificate, Filtering, Record
+from poisonbench.statistics import quantile
 
 games: Any = importlib.import_module("poisonbench.leaderboard.games")
 defended: Any = importlib.import_module("poisonbench.leaderboard.defended")
@@ -108,6 +112,15 @@ def test_shares_of_several_attacks_are_of_all_that_was_lost(tmp_path: Path) -> N
     (grid,) = found(tmp_path)
     assert len(grid.of("spectral")) == 3
     assert grid.won_back("spectral").mean == pytest.approx(1 / 11)
+    from_a_file = guarded(2.0, 1.0, "mixup").model_copy(update={**adaptive, "attack_config": {}})
+    put(tmp_path, from_a_file)
+    (grid,) = found(tmp_path)
+    assert [cell.adaptive for cell in grid.of("mixup")] == [True]
+    assert grid.pooled == []
+    put(tmp_path, guarded(0.0, 0.0, "oracle"), guarded(0.0, 0.0, "oracle").model_copy(update=other))
+    (grid,) = found(tmp_path)
+    assert grid.pooled == [name for name in grid.attacks if not grid.cells[name, "spectral"].adaptive]
+    assert grid.won_back("spectral").mean == pytest.approx(1 / 11)
 
 
 def test_the_front_is_of_what_nothing_beats(tmp_path: Path) -> None:
@@ -145,8 +158,33 @@ def test_nothing_lost_is_nothing_to_win(tmp_path: Path) -> None:
     put(tmp_path, make("mgd", 0.1, 3.0), guarded(0.0, 1.0))
     (grid,) = found(tmp_path)
     assert grid.cells["mgd", "spectral"].won_back is None
-    assert grid.shown("mgd", "spectral").endswith(" (–)")
+    won = np.subtract(
+        grid.cells["mgd", "spectral"].poisoned.mean, grid.cells["mgd", "spectral"].bare.mean
+    )
+    assert grid.shown("mgd", "spectral").partition(" ")[2].startswith(f"({won:.2f} ± ")
+    assert grid.shown("mgd", "spectral").endswith(" points)")
     assert grid.won_back("spectral") is None
+
+
+def test_only_who_met_all_attacks_has_a_share_of_them_all(tmp_path: Path) -> None:
+    other = {"attack": "es", "poison_hash": "e" * 64}
+    put(
+        tmp_path, make("mgd", 10.0, 0.0), make("es", 5.0, 0.0, poison_hash="e" * 64),
+        guarded(4.0, 1.0), guarded(4.0, 1.0).model_copy(update=other), guarded(2.0, 1.0, "mixup"),
+    )  # fmt: skip
+    (grid,) = found(tmp_path)
+    assert grid.pooled == ["mgd"]  # which alone both met; where controls are there, they decide
+    put(tmp_path, guarded(0.0, 0.0, "oracle"), guarded(0.0, 0.0, "oracle").model_copy(update=other))
+    (grid,) = found(tmp_path)
+    assert grid.pooled == ["mgd", "es"]
+    assert "\nWon back of all: of mgd, es.\n" in page(tmp_path)
+    assert grid.won_back("spectral").mean == pytest.approx(5 / 15)
+    assert grid.cells["mgd", "mixup"].won_back.mean == pytest.approx(0.7)
+    assert grid.won_back("mixup") is None
+    assert grid.front == ["spectral"]
+    assert grid.missing == ["random_filter"]
+    assert "\nControls missing: random\\_filter.\n" in page(tmp_path)
+    assert "\n| *undefended* | 0 | 1 | – | 80.45 | 85.45 |\n" in page(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +236,16 @@ def test_defended_records_stand_in_no_table_of_attacks(tmp_path: Path) -> None:
     written = tables.build(tmp_path)
     (name,) = [path for path in written if path.name.endswith("-defences.csv")]
     table = pd.read_csv(StringIO(written[name]))
-    assert table["defense"].tolist() == grid.defenses
-    assert table["certificate_violations"].tolist() == [0] * 5
+    assert table["victims"].tolist() == ["smooth"] * 5 + ["standard"] * 5
+    assert table["defense"].tolist() == grid.defenses * 2
+    assert table["certificate_violations"].tolist() == [0] * 10
     assert table["price"][4] == pytest.approx(1.0)
+    np.testing.assert_allclose(
+        table["clean"] - table["undefended_poisoned"] + table["price"], table["lost"]
+    )
+    np.testing.assert_allclose(table["poisoned"] - table["undefended_poisoned"], table["won"], atol=1e-6)
+    assert table["won_back"][4] == pytest.approx(table["won"][4] / table["lost"][4])
+    assert grid.missing == ["random_filter"]
 
     tables.update(tmp_path)
     (figure,) = (tmp_path / "figures").glob("*-defences.png")
@@ -238,7 +283,7 @@ def test_the_cost_is_that_of_the_same_defence(tmp_path: Path) -> None:
     tables.update(tmp_path)
     assert "| spectral | 1.00 ± 0.00 | 3.0 (2.50) |" in (tmp_path / "README.md").read_text()
     (name,) = (tmp_path / "tables").glob("*-defences.csv")
-    row = pd.read_csv(name).set_index("defense").loc["spectral"]
+    row = pd.read_csv(name).query("victims == 'smooth'").set_index("defense").loc["spectral"]
     assert row[["cost_trainings", "cost_least", "cost_most", "cost_by_count"]].tolist() == [
         3,
         2,
@@ -304,7 +349,7 @@ def test_no_attack_on_record_breaks_a_certificate() -> None:
             assert victim.poisoned_accuracy.mean >= defended.promise(given) - 1e-5  # as rounded
             if given.changes and defended.promise(given) >= 50:
                 tried.append(record.attack)
-    assert {"label_flip", "mgd"} <= set(tried)
+    assert {"gradcancel", "label_flip", "mgd"} <= set(tried)
 
 
 def test_controls_on_record_are_what_they_should_be() -> None:
@@ -313,6 +358,22 @@ def test_controls_on_record_are_what_they_should_be() -> None:
     wanted = {"oracle": 1.0, "random_filter": 0.0}
     several = [(grid, name) for grid in found(RESULTS) for name in wanted if name in grid.defenses]
     assert {name for _, name in several} == set(wanted)
-    for grid, name in several:
-        share = grid.won_back(name)
-        assert share.low <= wanted[name] <= share.high, (grid.game.title, name)
+    whole = [(grid, name, grid.won_back(name)) for grid, name in several]
+    assert len([share for _, _, share in whole if share is not None]) >= 2 * len(wanted)
+    for grid, name, share in whole:
+        if share is not None:
+            assert share.low <= wanted[name] <= share.high, (grid.game.title, name)
+
+    # By the differences themselves: of what was lost the oracle leaves nothing, the other wins nothing.
+    cells = [
+        (name, cell)
+        for grid, name in several
+        for table in (grid, *grid.others)
+        for cell in table.of(name)
+        if cell.record.num_poison
+    ]
+    confidence = 1 - 0.05 / len(cells)
+    for name, cell in cells:
+        rest = np.subtract(cell.lost, cell.won) if name == "oracle" else np.array(cell.won)
+        error = rest.std(ddof=1) / np.sqrt(len(rest)) * quantile(len(rest) - 1, confidence)
+        assert abs(rest.mean()) <= error + 1e-9, (cell.folder, rest)

@@ -25,6 +25,7 @@ import poisonbench
 from poisonbench import _described, attacks
 from poisonbench._plugins import options
 from poisonbench.templates import attack as template
+from poisonbench.tracks import TRACKS
 
 
 @pytest.fixture
@@ -126,6 +127,15 @@ def test_show_tells_every_option(name: str, command: Run) -> None:
         o.flag for o in _described.options(attacks.load(name))
     ]
     assert all(option["says"] for option in told)
+
+
+def test_what_tracks_set_is_told(command: Run) -> None:
+    set_there = TRACKS["cifar10-small"].attack_options["mgd"]
+    assert set_there
+    line = "On cifar10-small: " + " ".join(f"--{name} {value}" for name, value in set_there.items())
+    assert line in command("show", "mgd")[1]
+    assert line in " ".join(command("run", "--attack", "mgd", "--help")[1].split())
+    assert "On cifar10" not in command("show", "noise")[1]
 
 
 def test_show_of_a_defence_and_of_nothing(command: Run) -> None:

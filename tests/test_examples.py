@@ -11,6 +11,7 @@ Claims tested here:
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import json
@@ -54,6 +55,20 @@ def test_the_package_is_found_and_admissible(
     code, out, err = command("check", "gaussian_class", "--json")
     assert [point for point in json.loads(out)["points"] if point["status"] == "failed"] == []
     assert code == 0, err
+
+
+@needs_examples
+def test_what_examples_import_is_there() -> None:
+    """Also where what else they import is not installed."""
+    names = [
+        (node.module, alias.name)
+        for source in EXAMPLES.rglob("*.py")
+        for node in ast.walk(ast.parse(source.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("poisonbench.")
+        for alias in node.names
+    ]
+    assert len({module for module, _ in names}) >= 2
+    assert [pair for pair in names if not hasattr(importlib.import_module(str(pair[0])), pair[1])] == []
 
 
 @needs_examples

@@ -122,7 +122,7 @@ def test_the_pairs_that_gain_most() -> None:
 
 def test_influence_ranks_by_what_a_pair_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(**rules: object) -> Any:
-        monkeypatch.setattr(mgd, "_summed", lambda *_: jax.numpy.asarray(gains))
+        monkeypatch.setattr(mgd.MGD, "_summed", lambda *_: jax.numpy.asarray(gains))
         return mgd.MGD(start_seeds=1).started(task(**rules), KEY, Journal())
 
     gains = np.zeros((40, 4), np.float32)
@@ -195,11 +195,11 @@ def test_a_search_knows_the_defence_and_the_classes_there_are(monkeypatch: pytes
 
 
 def test_pixels_that_matter_most_start_under_their_own_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gradient(problem: Any, z: Any, pixels: Any, *_: Any) -> Any:
+    def gradient(attack: Any, problem: Any, z: Any, pixels: Any, *_: Any) -> Any:
         assert pixels is None, "a start from pixels needs no metagradient of labels"
         return jax.numpy.zeros_like(z).at[jax.numpy.array([3, 8, 21, 30])].set(-1)
 
-    monkeypatch.setattr(mgd, "_summed", gradient)
+    monkeypatch.setattr(mgd.MGD, "_summed", gradient)
     for rules in ({}, {"labels": "free"}, {"pixels": LInf(radius=8)}):
         start = mgd.MGD(start="pixels").started(task(**rules), KEY, Journal())
         assert start.indices.tolist() == [3, 8, 21, 30]

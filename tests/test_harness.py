@@ -209,6 +209,37 @@ def test_an_interrupted_evaluation_trains_only_what_is_left(
     assert again == resumed  # the seconds too: they are those of the training
 
 
+@pytest.mark.parametrize(("mode", "changes"), [("replace", 2), ("add", 1)])
+def test_a_promise_that_did_not_hold_is_counted(dataset: Dataset, mode: str, changes: int) -> None:
+    budget = Budget.model_validate({"fraction": 0.1, "mode": mode})
+    poison = poison_of(dataset, 1, budget)
+
+    def scores(certified: list[list[int]]) -> list[harness._Scores]:
+        return [harness._Scores(np.zeros((2, 1)), None, np.array(certified), 0.0)]
+
+    clean = scores([[0, 1, 2, 3], [5, -1, 1, 2]])
+    broken = harness._certificate({"clean": clean, "poisoned": scores([[-1] * 4] * 2)}, poison)
+    assert broken is not None
+    assert broken.changes == changes
+    assert broken.violations == {1: 6, 2: 4}[changes]
+    np.testing.assert_allclose(broken.curve, [87.5, 75, 50, 25, 12.5, 12.5])
+    held = harness._certificate({"clean": clean, "poisoned": scores([[0] * 4] * 2)}, poison)
+    assert held is not None
+    assert held.violations == 0
+
+
+def test_long_trainings_are_kept_one_by_one(
+    dataset: Dataset, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.evaluate(dataset, poison_of(dataset), RECIPES, range(4))
+    grouped = len(table.calls)
+    table.calls.clear()
+    images = len(dataset.train_labels) * min(recipe.epochs for recipe in RECIPES.values())
+    monkeypatch.setattr(harness, "LONG", images)
+    harness.evaluate(dataset, poison_of(dataset), RECIPES, range(4))
+    assert len(table.calls) == 16 > grouped
+
+
 @pytest.mark.parametrize(
     "spoilt",
     [

@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 
 from poisonbench import tracks
 from poisonbench.errors import UserError
-from poisonbench.records import Record, Stored
+from poisonbench.records import Record
+from poisonbench.stored import Stored
 from poisonbench.submission import bundle
 from poisonbench.submission.claims import require_claim
 from poisonbench.submission.manifest import Manifest

@@ -109,7 +109,8 @@ def test_killed_five_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     sys.platform != "linux", reason="NOT TESTED: XDG_CACHE_HOME moves the cache on Linux"
 )
-@pytest.mark.parametrize("verb", ["craft", pytest.param("run", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["craft", "run"])
 def test_a_second_process_compiles_nothing_anew(verb: str, tmp_path: Path) -> None:
     def compiled() -> set[str]:
         programs = files(tmp_path / "cache" / "poisonbench" / "compiled")

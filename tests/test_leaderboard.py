@@ -34,7 +34,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from poisonbench import records
-from poisonbench.records import Hardware, Record, VictimScores
+from poisonbench.records import Record, VictimScores
+from poisonbench.stored import Hardware
 from poisonbench.submission import manifest
 from poisonbench.threat import Budget, LInf
 from poisonbench.tracks import TRACKS
@@ -96,7 +97,7 @@ def controls(budget: Budget) -> list[Record]:
     return [
         make("none", 0.0, 0.0, budget=budget, num_poison=0),
         make("noise", 0.5, budget=budget),
-        *(flips if budget.labels == "free" else []),
+        *(flips if budget.can_flip else []),
     ]
 
 
@@ -265,7 +266,10 @@ def test_ranks_go_by_the_surrogates_victims(tmp_path: Path, surrogate: str, best
     assert re.search(r"\| attack \| drop, (\w+) \|", page(results))[1] == surrogate  # type: ignore[index]
 
 
-@pytest.mark.parametrize("budget", [DIGITS.budget, FREE], ids=["fixed", "free"])
+NEAR = DIGITS.budget.model_copy(update={"pixels": LInf(radius=8)})
+
+
+@pytest.mark.parametrize("budget", [DIGITS.budget, FREE, NEAR], ids=["fixed", "free", "within a radius"])
 def test_controls_are_marked_and_missed(tmp_path: Path, budget: Budget) -> None:
     every = controls(budget)
     names = {"none": r"none", "noise": r"noise", "random": r"label\_flip (spread=random)"}
@@ -279,9 +283,9 @@ def test_controls_are_marked_and_missed(tmp_path: Path, budget: Budget) -> None:
 
     text = page(put(tmp_path / "none", make(budget=budget)))
     flips = r", label\_flip (spread=random), label\_flip (spread=concentrated)"
-    assert f"Controls missing: none, noise{flips if budget.labels == 'free' else ''}.\n" in text
+    assert f"Controls missing: none, noise{flips if budget.can_flip else ''}.\n" in text
 
-    if budget.labels == "free":  # a lone flip says of which kind it is
+    if budget.can_flip:  # a lone flip says of which kind it is
         text = page(put(tmp_path / "one", every[2]))
         assert rows(text)[0][1] == rf"*{names['random']}*"
         assert r"Controls missing: none, noise, label\_flip (spread=concentrated)." in text
@@ -309,7 +313,7 @@ def test_a_remark_on_a_valid_record_stands_below_its_table(tmp_path: Path) -> No
 def test_a_poison_that_was_handed_in_is_no_control(tmp_path: Path) -> None:
     results = put(tmp_path, make("noise", crafting_seconds=None), make("none", 0.0, 0.0))
     assert [row[1] for row in rows(page(results))] == ["noise (from a file)", "*none*"]
-    assert "Controls missing: noise." in page(results)
+    assert "Controls missing: noise, " in page(results)
 
 
 def test_options_that_differ_are_shown(tmp_path: Path) -> None:
@@ -333,7 +337,7 @@ def test_invalid_records_are_marked(tmp_path: Path) -> None:
     ranked, invalid = page(results).split("## Invalid and superseded records")
     assert [row[:2] for row in rows(ranked)] == [["1", "mgd"]]
     assert "| best |" not in ranked
-    assert "Controls missing: none, noise." in ranked
+    assert "Controls missing: none, noise, " in ranked
     assert r"| best | digits: replace, fixed labels, any pixels, 0.025 of the set | invalid |" in invalid
     assert (
         r"| trained on \| test | 2025-03-01 | [record](digits/best/none/run-0/record.json) |" in invalid

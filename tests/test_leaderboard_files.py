@@ -75,7 +75,7 @@ def test_only_the_marked_part_of_a_page_is_replaced(tmp_path: Path) -> None:
     assert "own" not in inside
     assert "old" not in inside
     assert "](docs/results/digits/mgd/none/run-0/record.json)" in inside
-    assert "Controls missing: none, noise." in inside
+    assert "Controls missing: none, noise, " in inside
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,10 @@ def rate(trained: Trained) -> float:
     return float(jnp.exp(trained.weights["log_rate"][0]))
 
 
-@pytest.mark.parametrize("name", ["es", "es-sign", "pes", "exact", "truncated"])
+SLOW_EXACT = pytest.param("exact", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["es", "es-sign", "pes", SLOW_EXACT, "truncated"])
 def test_every_estimator_learns_the_rate(name: str, tmp_path: Path) -> None:
     trained = trainer(name).train(tmp_path / "c.safetensors", "x")
     # Curvatures 1 and 2: the fastest stable rates are 1 and 1/2; the start is 0.018.
@@ -65,7 +68,7 @@ def test_every_estimator_learns_the_rate(name: str, tmp_path: Path) -> None:
     assert trained.steps.shape == (60, len(loop.COLUMNS))
 
 
-@pytest.mark.parametrize("name", ["pes", "exact", "truncated"])
+@pytest.mark.parametrize("name", ["pes", SLOW_EXACT, "truncated"])
 def test_cut_and_begun_again_it_ends_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +166,7 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_verb(command: Run) -> None:
     code, out, err = command(*TINY, "--json", "--out", "first")
     assert code == 0, err

@@ -86,6 +86,7 @@ def test_no_page_or_test_is_taken_for_a_module() -> None:
         assert not [name for place in places for name in place.glob("test_*")]
 
 
+@pytest.mark.slow
 @pytest.mark.wheel
 def test_a_run_works_from_an_unrelated_folder(tmp_path: Path) -> None:
     script = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from poisonbench.cli import main; main()"

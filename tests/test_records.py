@@ -26,8 +26,9 @@ import pytest
 from poisonbench import records
 from poisonbench.data import DataSpec
 from poisonbench.errors import UserError
-from poisonbench.records import Hardware, Record, VictimScores
+from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import paired_drop
+from poisonbench.stored import Hardware
 from poisonbench.threat import Budget, LInf
 
 

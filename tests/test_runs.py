@@ -194,6 +194,14 @@ def test_more_seeds_are_measured_on_the_same_poison(
     assert more.record.poison_hash == first.record.poison_hash
     assert [victim.seeds for victim in more.record.victims] == [[0, 1, 2, 3]] * 2
 
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(request("noise", seeds=6), tmp_path)
+    assert Record.load(more.folder / "record.json") == more.record
+
 
 def test_the_folder_is_named_by_the_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = request()

@@ -7,6 +7,7 @@ Claims of `poisonbench.selection` tested here:
 - the half that judges makes no difference to what is selected;
 - the same request reads what is there, `fresh` measures again, with the same selection, and so do
   other victims;
+- killed, it learns no weights and trains no victims again that it has;
 - mislabelled images are left out more often than chance has it;
 - a share outside (0, 1) and a selection smaller than a batch are refused, and nothing is written.
 
@@ -20,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxtyping import PRNGKeyArray
 
-from poisonbench import selection, setting
+from poisonbench import harness, selection, setting
 from poisonbench.data import Dataset, load
+from poisonbench.defenses import metagradient_weights
 from poisonbench.errors import UserError
 from poisonbench.selection import Request, Selection
 from poisonbench.statistics import paired_drop
@@ -70,6 +73,50 @@ def test_it_is_read_where_it_is_and_measured_again_where_asked(
     assert set(other.kept) <= set(found.kept)
     monkeypatch.setattr("poisonbench.harness.victim_code", lambda: "changed")
     assert selection.run(request(), folder.parents[1])[1] != folder
+
+
+def test_killed_it_goes_on_where_it_was(
+    selected: tuple[Selection, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = selected
+    asked: list[int] = []
+    key = harness.evaluation_key
+
+    def until(seed: int) -> PRNGKeyArray:
+        asked.append(seed)
+        if len(asked) in (1, 5):  # before the first victim, and after three of six
+            raise KeyboardInterrupt
+        return key(seed)
+
+    monkeypatch.setattr(harness, "evaluation_key", until)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            selection.run(request(), tmp_path)
+    monkeypatch.setattr(
+        metagradient_weights, "weight_metagradient", lambda *_: pytest.fail("learnt again")
+    )
+    again, folder = selection.run(request(), tmp_path)
+    assert again.model_copy(update={"created": found.created}) == found
+    assert len(asked) == 1 + 4 + 3
+    assert sorted(path.name for path in folder.iterdir()) == ["kept.txt", "selection.json"]
+
+
+def test_measured_afresh_and_killed_it_goes_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, folder = selection.run(request(), tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(harness, "evaluation_key", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            selection.run(request(), tmp_path, fresh=True)
+    assert not (folder / selection.FILE).exists()
+    monkeypatch.setattr(metagradient_weights, "weight_metagradient", lambda *_: pytest.fail("again"))
+    again, _ = selection.run(request(), tmp_path)
+    assert again.model_copy(update={"created": first.created}) == first
+
+
+def interrupted(seed: int) -> PRNGKeyArray:
+    raise KeyboardInterrupt
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, dataset: Dataset) -> None:

@@ -28,12 +28,12 @@ import numpy as np
 import pytest
 
 from poisonbench.errors import UserError
-from poisonbench.records import Hardware
 from poisonbench.smoothness import definitions, grid, pictures, report, tables
 from poisonbench.smoothness.intervals import crossed_interval, pairs_interval
 from poisonbench.smoothness.probe import Probe
 from poisonbench.smoothness.records import Gain, SmoothnessRecord, Steps, Survey, numbers
 from poisonbench.statistics import mean_interval
+from poisonbench.stored import Hardware
 from poisonbench.threat import Budget
 from poisonbench.tracks import DIGITS
 

@@ -25,7 +25,6 @@ from jax.flatten_util import ravel_pytree
 
 from poisonbench.attacks import Task, tgda
 from poisonbench.data import DataSpec, load
-from poisonbench.flips import chosen_at_random
 from poisonbench.problem import Problem
 from poisonbench.threat import Budget
 from poisonbench.tracks import DIGITS
@@ -70,8 +69,8 @@ def _game(mode: Any) -> tuple[Any, Any]:
     digits = load(DataSpec(name="digits", train_size=40, val_size=60, test_size=20))
     recipe = DIGITS.recipes["smooth"].replace(width=2, batch_size=20, epochs=2)
     task = Task.of(digits, Budget(fraction=0.1, mode=mode), recipe)
-    chosen = chosen_at_random(task, KEY)
-    problem = Problem.of(task, chosen.indices, chosen.labels, "cross_entropy")
+    indices = task.random_indices(KEY)
+    problem = Problem.of(task, indices, task.train_labels[indices], "cross_entropy")
     _, state = TrainingRun.start(recipe, problem.data, KEY[None])  # its features need not be learnt
     state = jax.tree.map(lambda x: x[0], state)
     victim = _double(TrainedVictim(recipe, task.num_classes, "last", state))

@@ -130,6 +130,7 @@ def test_a_set_within_its_budget_passes(budget: Budget) -> None:
         (make(NEAR, images=make().images + 1), "by 9 levels; its budget allows 8"),
         (make(NEAR, images=make().images - 17), "by 9 levels; its budget allows 8"),
         (make(train_hash="0" * 64), "made for another training set"),
+        (make(indices=np.array([3, 3])), "changes one image twice"),
     ],
 )  # fmt: skip
 def test_a_set_beyond_its_budget_is_refused(poison: PoisonSet, problem: str) -> None:

@@ -14,7 +14,9 @@ here:
 - over 200 steps in float32 all schedules agree to 1e-4, with plain autodiff too;
 - what the attack trains scores the same as what the harness trains, and it does learn;
 - augmentation gives the same images for the same key, of the same shape, each a mirrored or shifted
-  one, and differentiates as the linear map that it is; every step of a run draws its own.
+  one, and differentiates as the linear map that it is; every step of a run draws its own, and nothing
+  else in the step draws from the same keys;
+- the derivative of the loss of many images is that of its parts, and keeps hardly more than one part's.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ import pytest
 from jaxtyping import Array
 from sklearn.datasets import load_digits
 
+from poisonbench.defenses import Composed, Defense
 from poisonbench.metagradient import metagradient
+from poisonbench.victim import evaluation
 from poisonbench.victim.evaluation import ValidationLoss, train, train_and_score
 from poisonbench.victim.recipe import STANDARD, Recipe
 from poisonbench.victim.training import (
@@ -38,6 +42,7 @@ from poisonbench.victim.training import (
     TrainingRun,
     TrainingSet,
     TrainState,
+    _update,
     augment,
     logits,
 )
@@ -280,6 +285,79 @@ def test_augmented_images_are_mirrored_or_shifted(flip: bool, pad: int) -> None:
         p[i : i + 5, j : j + 6].tobytes() for p in padded for i, j in np.ndindex(*[2 * pad + 1] * 2)
     }
     assert {x.tobytes() for x in np.asarray(found)} == possible
+
+
+def test_augmentation_and_a_defence_draw_from_keys_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, digits: Digits
+) -> None:
+    """What a step draws with is folded from one key, and `split` would give some of the same."""
+    seen: list[bytes] = []
+
+    class Drawing(Defense):
+        parts = 2
+
+        def augment(self, images: Array, targets: Array, key: Array, loss: Any) -> tuple[Array, Array]:
+            seen.append(raw(key))
+            return images, targets
+
+        def aggregate(self, gradients: Any, key: Array) -> Any:
+            seen.append(raw(key))
+            return jax.tree.map(lambda x: x.mean(0), gradients)
+
+    def raw(key: Array) -> bytes:
+        return np.asarray(jax.random.key_data(key)).tobytes()
+
+    def watched(draw: Any) -> Any:
+        def drawn(key: Array, *arguments: Any, **options: Any) -> Any:
+            seen.append(raw(key))
+            return draw(key, *arguments, **options)
+
+        return drawn
+
+    monkeypatch.setattr(jax.random, "bernoulli", watched(jax.random.bernoulli))
+    monkeypatch.setattr(jax.random, "randint", watched(jax.random.randint))
+    data, key = TrainingSet.clean(digits.images, digits.labels, 10), jax.random.key(5)
+    run, state = TrainingRun.start(RECIPE, data, keys(0), Composed((Drawing(),)))
+    images = jnp.asarray(digits.images[:20], jnp.float32) / 255
+    seen.clear()
+    alone, targets = jax.tree.map(lambda x: x[0], state), jax.nn.one_hot(digits.labels[:20], 10)
+    _update(run, alone, augment(RECIPE, images, key), targets, None, key)
+    assert len(seen) == 4  # mirrors, shifts, the defence's augmentation and its aggregation
+    assert len(set(seen)) == 4
+
+
+def test_the_loss_of_many_images_is_differentiated_within_the_memory_of_few(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = TrainingSet.clean(digits.images, digits.labels, 10)
+    _, state = TrainingRun.start(RECIPE, data, keys(0))
+
+    def loss(images: np.ndarray, labels: np.ndarray) -> ValidationLoss:
+        return ValidationLoss(RECIPE, 10, "cross_entropy", jnp.asarray(images), jnp.asarray(labels))
+
+    def kept(count: int) -> int:
+        many = loss(np.resize(digits.images, (count, 8, 8, 1)), np.resize(digits.labels, count))
+
+        def pulled_back(params: PyTree) -> PyTree:
+            return jax.vjp(lambda p: many(replace(state, params=p)), params)[1]
+
+        found = jax.eval_shape(pulled_back, state.params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
+
+    assert kept(500) > 2**20  # one chunk
+    assert kept(8000) - kept(4000) < kept(500) / 2
+    assert kept(4000) < kept(1000)
+
+    monkeypatch.setattr(evaluation, "KEPT", 500)
+    images, labels = np.resize(digits.images, (1000, 8, 8, 1)), np.resize(digits.labels, 1000)
+
+    def gradient(part: slice) -> PyTree:
+        of = loss(images[part], labels[part])
+        return jax.jit(jax.grad(lambda p: of(replace(state, params=p))))(state.params)
+
+    whole, *halves = map(gradient, (slice(None), slice(0, 500), slice(500, None)))
+    for found, one, other in zip(*map(jax.tree.leaves, (whole, *halves)), strict=True):
+        np.testing.assert_allclose(found, (one + other) / 2, rtol=1e-3, atol=1e-6)
 
 
 def test_augmentation_differentiates_as_a_linear_map() -> None:

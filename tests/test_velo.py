@@ -77,6 +77,7 @@ def test_slips_are_noticed(vectors: Vectors, slip: str) -> None:
     assert bool(missed) == (slip != "dead"), missed
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_differences_and_fails_where_one_is_too_large(
     tmp_path: Path, vectors: Vectors
 ) -> None:
@@ -226,6 +227,7 @@ def engine_problem(dtype: Any) -> tuple[Any, ...]:
     return step, lambda s: loss(s[0]), state, weights
 
 
+@pytest.mark.slow
 def test_metagradients_by_the_weights_are_the_derivative(x64: None) -> None:
     step, objective, state, weights = engine_problem(jnp.float64)
 
