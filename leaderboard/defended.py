@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,21 +31,23 @@ from poisonbench.tracks import TRACKS
 
 from .games import Found, Game, Row, canonical, telling_name
 
-CONTROLS = ("none", "oracle", "random_filter")
+CONTROLS = ("oracle", "random_filter")
+"""The defences that every table should have."""
 FEWEST = 5
 """Pairs of victims below which a defended record stands in no table."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One attack under one defence, by the victims that decide the ranks.
+    """One attack under one defence, by victims of one recipe.
 
     Attributes:
         record: of the defended victims.
         folder: where it lies, relative to the results.
         attack: the attack, as its undefended row is called.
         defense: with its options, where two records of a defence differ in them, in whatever table.
-        poisoned: accuracy of defended victims on the poisoned set, in percent.
+        clean, poisoned: accuracy of defended victims without and with the poison, in percent.
+        bare: that of undefended victims of the same seeds with the poison, in percent.
         price: accuracy that the defence costs clean victims, in points.
         lost: what the attack takes of undefended victims, in points, seed by seed.
         won: by how much defended victims on the poisoned set are better, in points, seed by seed.
@@ -52,13 +56,16 @@ class Cell:
         recall: share of the poison that was dropped; None where nothing is ever dropped.
         clean_lost: clean images dropped of the poisoned set, on average.
         certificate: what a certified defence promised these victims.
+        adaptive: the attack was made against a defence.
     """
 
     record: Record
     folder: str
     attack: str
     defense: str
+    clean: Interval
     poisoned: Interval
+    bare: Interval
     price: Interval
     lost: tuple[float, ...]
     won: tuple[float, ...]
@@ -67,6 +74,7 @@ class Cell:
     recall: float | None
     clean_lost: float | None
     certificate: Certificate | None
+    adaptive: bool
 
     @property
     def filtered(self) -> str:
@@ -83,11 +91,12 @@ class DefenseTable:
 
     Attributes:
         game: the table of the undefended ones.
-        judge: the recipe of the victims.
+        judge: the recipe of the victims; that which decides the ranks.
         attacks: names of its rows, in their order, that some defence stood against.
         defenses: in order: controls, then by name.
         cells: by attack and defence.
         costs: by defence, with the file that says so; without those that were not measured.
+        others: the same of the victims' other recipes.
     """
 
     game: Game
@@ -96,6 +105,12 @@ class DefenseTable:
     defenses: list[str]
     cells: dict[tuple[str, str], Cell]
     costs: dict[str, tuple[Costs, DefenseCost]]
+    others: tuple[DefenseTable, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """Controls that are not there."""
+        return [name for name in CONTROLS if name not in self.defenses]
 
     @property
     def pairs(self) -> str:
@@ -104,11 +119,19 @@ class DefenseTable:
         return " to ".join(str(n) for n in several[:: max(1, len(several) - 1)])
 
     def shown(self, attack: str, defense: str) -> str:
-        """A cell of the page: accuracy left, and share won back."""
+        """A cell of the page: accuracy left, and the share won back or else the points."""
         cell = self.cells.get((attack, defense))
         if cell is None:
             return "–"
-        return f"{cell.poisoned.mean:.2f} ({share(cell.won_back)})"
+        left = f"{cell.poisoned.mean:.2f}"
+        if cell.won_back is not None:
+            return f"{left} ({share(cell.won_back)})"
+        return f"{left} ({mean_interval(cell.won)} points)" if cell.record.num_poison else left
+
+    def undefended(self, attack: str) -> str:
+        """The accuracy that an attack leaves of undefended victims, over the most pairs of its row."""
+        cells = [self.cells[attack, d] for d in self.defenses if (attack, d) in self.cells]
+        return f"{max(cells, key=lambda cell: cell.bare.n).bare.mean:.2f}"
 
     def price(self, defense: str) -> Interval:
         """Its price, which is the same whatever the attack: clean victims never meet one."""
@@ -130,18 +153,28 @@ class DefenseTable:
         """The cells of one defence, in order of attacks."""
         return [self.cells[a, defense] for a in self.attacks if (a, defense) in self.cells]
 
+    @cached_property
+    def pooled(self) -> list[str]:
+        """Attacks that took something for sure, of those that all controls met.
+
+        Where there are no controls, that all defences met; without those made against a defence.
+        """
+        met = [name for name in self.defenses if name in CONTROLS] or self.defenses
+        rows = {attack: [self.cells.get((attack, name)) for name in met] for attack in self.attacks}
+        return [
+            attack
+            for attack, cells in rows.items()
+            if all(c is not None and c.won_back is not None and not c.adaptive for c in cells)
+        ]
+
     def won_back(self, defense: str) -> Interval | None:
         """Share won back of all that was lost to the attacks that took something for sure, together.
 
-        Sums, not a mean of shares: a share of next to nothing may be anything. Without attacks that were
-        made against one defence, which the others have not met.
+        Sums, not a mean of shares: a share of next to nothing may be anything. None for a defence that
+        has not met all of these attacks, so that shares of one column can be compared.
         """
-        cells = [
-            cell
-            for cell in self.of(defense)
-            if cell.won_back is not None and not cell.record.attack_config.get("against")
-        ]
-        if not cells:
+        cells = [self.cells[a, defense] for a in self.pooled if (a, defense) in self.cells]
+        if not cells or len(cells) < len(self.pooled):
             return None
         pairs = min(len(cell.lost) for cell in cells)
         won, lost = (
@@ -242,6 +275,9 @@ def defense_tables(
         for path, record in (records.find(results) if found is None else found)
         if record.defense != "none" and record.status == "valid"
     ]
+    configs: dict[str, dict[str, dict[str, Any]]] = {}
+    for _, record in defended:
+        configs.setdefault(record.defense, {})[canonical(record.defense_config)] = record.defense_config
     known = costs.read(results)
     found_tables: list[DefenseTable] = []
     for game in games:
@@ -251,7 +287,10 @@ def defense_tables(
         twins = [(folder, r, _twin(r, rows)) for folder, r in defended]
         several = [(folder, r, twin) for folder, r, twin in twins if twin is not None]
         if several:
-            found_tables.append(_defense_table(game, several, results, known, defended))
+            first, *others = (
+                _defense_table(game, judge, several, results, known, configs) for judge in game.recipes
+            )
+            found_tables.append(replace(first, others=tuple(others)))
     return found_tables
 
 
@@ -285,12 +324,12 @@ def _belongs(record: Record, row: Row) -> bool:
 
 def _defense_table(
     game: Game,
+    judge: str,
     several: list[tuple[Path, Record, Row]],
     results: Path,
     known: Sequence[Costs],
-    everywhere: Sequence[tuple[Path, Record]],
+    configs: Mapping[str, Mapping[str, dict[str, Any]]],
 ) -> DefenseTable:
-    judge = game.recipes[0]
     shared = Counter(row.name for row in game.ranked)
     names = {  # two poisons of one name are told apart by their content
         row.folder: row.name if shared[row.name] == 1 else f"{row.name} {row.record.poison_hash[:6]}"
@@ -299,8 +338,7 @@ def _defense_table(
     cells: dict[tuple[str, str], Cell] = {}
     for folder, record, row in several:
         defense = telling_name(
-            record.defense, record.defense_config,
-            [r.defense_config for _, r in everywhere if r.defense == record.defense],
+            record.defense, record.defense_config, configs[record.defense].values()
         )  # fmt: skip
         scores = record.victim(judge)
         if scores is None:
@@ -345,8 +383,10 @@ def _cell(
         recall = poison / (record.num_poison * number) if record.num_poison else None
         clean_lost = (dropped - poison) / number
     return Cell(
-        record, folder, name, defense, mean_interval(scores.poisoned),
+        record, folder, name, defense,
+        mean_interval(scores.clean), mean_interval(scores.poisoned), mean_interval(poisoned),
         paired_drop(clean, scores.clean), tuple(lost.tolist()), tuple(won.tolist()),
         ratio_interval(won.tolist(), lost.tolist()) if sure else None,
         precision, recall, clean_lost, scores.certificate,
+        bool(row.record.attack_config.get("against")),
     )  # fmt: skip

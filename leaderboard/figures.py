@@ -1,7 +1,7 @@
 """Pictures across records: drop against the cost of crafting, how crafting went, drop against fraction.
 
 A picture's bytes depend on the library that draws it, so what is compared with the records is not the
-pixels: each file carries a digest of the numbers in it.
+pixels: each file carries a digest of the numbers in it and of the code that draws them.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ class Picture:
 
     @property
     def digest(self) -> str:
-        """Hash of the numbers, which the file carries."""
-        return hashlib.sha256(canonical(self.numbers).encode()).hexdigest()
+        """Hash of the numbers and of how they are drawn, which the file carries."""
+        drawn = canonical(self.numbers) + Path(__file__).read_text("utf-8")
+        return hashlib.sha256(drawn.encode()).hexdigest()
 
     def is_in(self, path: Path) -> bool:
-        """Whether the file shows these numbers."""
+        """Whether the file shows these numbers, drawn as they would be now."""
         try:
             with Image.open(path) as image:
                 return image.info.get(DIGEST) == self.digest
@@ -237,11 +238,11 @@ def _won(cell: Cell | None) -> float | None:
 
 def _draw_defenses(numbers: dict[str, Any]) -> Figure:
     attacks, defenses = numbers["attacks"], numbers["defenses"]
-    figure = Figure(figsize=(13, 1.8 + 0.32 * max(10, len(defenses))), layout="constrained")
+    figure = Figure(figsize=(14, 1.8 + 0.32 * max(10, len(defenses))), layout="constrained")
     figure.suptitle(
         f"{numbers['title']}: what defences win back, {numbers['victims']} victims", fontsize=10
     )
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1])
+    left, right = figure.subplots(1, 2)
     points = np.array(numbers["won"], float).T  # None is NaN, and blank
     most = float(np.nanmax(np.abs(points), initial=0.1))
     shown = left.imshow(points, cmap="RdYlGn", vmin=-most, vmax=most, aspect="auto")
@@ -265,7 +266,7 @@ def _draw_defenses(numbers: dict[str, Any]) -> Figure:
             "--", color="0.5", linewidth=1, label="Pareto front", zorder=0,
         )  # fmt: skip
     right.set_ylabel("won back of all that was lost, %")
-    _finish(right, "price: points of accuracy lost where there is no poison")
+    _finish(right, "price: points of accuracy lost where there is no poison", beside=True)
     right.axvline(0, color="0.8", linewidth=1, zorder=0)
     return figure
 
@@ -276,10 +277,11 @@ def _arms(ends: list[float]) -> np.ndarray:
     return np.array([[mean - low], [high - mean]])
 
 
-def _finish(axes: Axes, x: str) -> None:
+def _finish(axes: Axes, x: str, *, beside: bool = False) -> None:
     axes.set_xlabel(x)
     if axes.get_ylim()[0] <= 0:
         axes.axhline(0, color="0.8", linewidth=1, zorder=0)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=7)
+        where: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
+        axes.legend(frameon=False, fontsize=7, **where)
     axes.spines[["top", "right"]].set_visible(False)

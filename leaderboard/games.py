@@ -29,7 +29,7 @@ from poisonbench.verification import Dispute, Verification
 
 Found = Sequence[tuple[Path, Record]]
 """Records with their paths, as `poisonbench.records.find` gives them."""
-LATER = {"against": "", "differentiated": 1.0}
+LATER = {"against": "", "differentiated": 1.0, "memory": "2GiB"}
 """Options that attacks were given later, with the values that they had in effect before."""
 FLIPS = ("label_flip (spread=random)", "label_flip (spread=concentrated)")
 
@@ -207,7 +207,7 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
     first = group[0][1]
     seeds = {victim.recipe_name: len(victim.seeds) for victim in first.victims}
     recipes = sorted(seeds, key=lambda name: (name != first.surrogate, name))
-    controls = ("none", "noise", *(FLIPS if first.budget.labels == "free" else ()))
+    controls = ("none", "noise", *(FLIPS if first.budget.can_flip else ()))
     telling = _telling_options([record for _, record in group if record.status == "valid"])
     ranked: list[Row] = []
     set_aside: list[Row] = []

@@ -26,12 +26,12 @@ from poisonbench import records
 from poisonbench._files import require_writable, write_text
 from poisonbench.errors import UserError
 from poisonbench.records import Record
-from poisonbench.statistics import CONFIDENCE, CURRENT, RULES, Interval, as_columns
+from poisonbench.statistics import CONFIDENCE, CURRENT, RULES, Interval, as_columns, mean_interval
 from poisonbench.threat import LInf
 from poisonbench.tracks import TRACKS
 
 from .columns import marks
-from .defended import DefenseTable, defense_tables, left_out, promise, share
+from .defended import CONTROLS, DefenseTable, defense_tables, left_out, promise, share
 from .figures import FOLDER, Picture, of_defenses, of_game, pictures
 from .games import Game, Row, canonical, read
 from .site import left_over, require_ours
@@ -172,6 +172,7 @@ def _files(board: _Board, rules: int) -> dict[Path, str]:
         of_game=of_game,
         of_defenses=of_defenses,
         share=share,
+        controls=CONTROLS,
         left_out=board.left_out,
         defended_of={table.game.slug: table for table in several},
         curves={
@@ -212,16 +213,20 @@ def _csv(game: Game) -> str:
 
 def _defended_csv(defended: DefenseTable) -> str:
     rows = []
-    for defense in defended.defenses:
-        for cell in defended.of(defense):
-            won, certificate = cell.won_back, cell.certificate
+    for table, defense in ((t, d) for t in (defended, *defended.others) for d in t.defenses):
+        for cell in table.of(defense):
+            certificate = cell.certificate
             row: dict[str, object] = {
+                "victims": table.judge, "pairs": cell.price.n,
                 "defense": cell.defense, "defense_config": canonical(cell.record.defense_config),
-                "attack": cell.attack, **_ends("poisoned", cell.poisoned), **_ends("price", cell.price),
-                **({} if won is None else _ends("won_back", won)),
+                "attack": cell.attack,
+                **_ends("undefended_poisoned", cell.bare), **_ends("lost", mean_interval(cell.lost)),
+                **_ends("clean", cell.clean), **_ends("poisoned", cell.poisoned),
+                **_ends("price", cell.price), **_ends("won", mean_interval(cell.won)),
+                **_ends("won_back", cell.won_back),
                 "precision": _six(cell.precision), "recall": _six(cell.recall),
                 "clean_images_lost": _six(cell.clean_lost),
-                **_cost(defended, defense),
+                **_cost(table, defense),
                 "certified": None if certificate is None else promise(certificate),
                 "certificate_changes": None if certificate is None else certificate.changes,
                 "certificate_violations": None if certificate is None else certificate.violations,
@@ -261,6 +266,11 @@ def _flat(game: Game, row: Row) -> dict[str, object]:
             ("clean", victim.clean_accuracy), ("poisoned", victim.poisoned_accuracy),
         ):  # fmt: skip
             scores |= _ends(f"{recipe}_{name}", interval)
+        again = row.verification and row.verification.victim(recipe)
+        scores |= _ends(f"{recipe}_remeasured_drop", again.drop if again else None)
+    for recipe in game.transfer:
+        carried = row.transfer.get(recipe)
+        scores |= _ends(f"transfer_{recipe}_drop", carried.drop if carried else None)
     flat: dict[str, object] = {
         "rank": row.rank, "tied": row.tied, "above_controls": row.above_controls,
         "attack": record.attack, "control": row.control is not None,
@@ -285,7 +295,7 @@ def _flat(game: Game, row: Row) -> dict[str, object]:
     return {name: _no_formula(value) for name, value in flat.items()}
 
 
-def _ends(name: str, interval: Interval) -> dict[str, object]:
+def _ends(name: str, interval: Interval | None) -> dict[str, object]:
     return {column: _six(value) for column, value in as_columns(name, interval).items()}
 
 

@@ -12,7 +12,6 @@ from art.estimators.classification import SklearnClassifier
 from sklearn.linear_model import LogisticRegression
 
 from poisonbench.attacks import Attack
-from poisonbench.flips import chosen_at_random
 from poisonbench.perturb import radius, require_radius
 
 
@@ -27,7 +26,7 @@ class ArtPGD(Attack):
     def craft(self, task, key, journal):
         """Images moved towards the class after their own."""
         x, y = task.train_images.reshape(len(task.train_images), -1) / 255, task.train_labels
-        rows, eps = chosen_at_random(task, key).indices, radius(task)
+        rows, eps = task.random_indices(key), radius(task)
         linear = LogisticRegression(max_iter=1000).fit(x, y)
         model = SklearnClassifier(linear, clip_values=(0, 1))
         pgd = ProjectedGradientDescentNumpy(
