@@ -128,7 +128,9 @@ def craft(
 
 @app.command()
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="Poison file to score.")],
+    poison: Annotated[
+        Path, typer.Argument(help="Poison file to score, or the folder of a run, e.g. a published one.")
+    ],
     track: TrackOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
@@ -142,17 +144,21 @@ def evaluate(
     defense_set: DefenseSetOption = None,
     seeds: SeedsOption = None,
     name: Annotated[
-        str | None, typer.Option(help="Whose poison it is. [default: the file's name]")
+        str | None,
+        typer.Option(help="Whose poison it is. [default: the run's attack, the file's name]"),
     ] = None,
     out: OutOption = Path("runs"),
     fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Retrain victims on a poison file and say how much accuracy they lost."""
+    """Retrain victims on a poison that is there, and say how much accuracy they lost.
+
+    A run's folder tells whose poison it is: `--defense` meets published attacks, and crafts nothing.
+    """
     from poisonbench import runs
 
     setting = _setting(locals())
-    finished = runs.evaluate(file, setting, name or file.stem, _command(), out, fresh=fresh)
+    finished = runs.evaluate(poison, setting, name, _command(), out, fresh=fresh)
     _show(finished, as_json)
 
 

@@ -119,15 +119,27 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> Finished:
 
 
 def evaluate(
-    file: Path, setting: Setting, name: str, command: str, out: Path, *, fresh: bool = False
+    source: Path, setting: Setting, name: str | None, command: str, out: Path, *, fresh: bool = False
 ) -> Finished:
-    """Retrain victims on a poison file that may come from anybody.
+    """Retrain victims on a poison that is there already.
+
+    Args:
+        source: a poison file, which may come from anybody, or the folder of a run, whose attack, options
+            and crafting time the new record takes over.
+        setting: data and victims.
+        name: whose poison it is; None for the run's attack, or else the file's name.
+        command: what the user typed.
+        out: folder for runs.
+        fresh: train victims anew.
 
     Raises:
         UserError: the file is not valid, breaks its budget, or is for other data; or the defence cannot
             work.
     """
+    file = source / "poison.safetensors" if source.is_dir() else source
     poison = PoisonSet.load(file)
+    about = _about(source, poison, name)
+    name = about["attack"]
     if not re.fullmatch(NAME, name):  # `match` would let a last line end pass
         raise UserError(
             f"--name {name[:80]!r}: use up to 64 letters, digits, '-' and '_', a letter or digit first"
@@ -143,8 +155,23 @@ def evaluate(
     kept = folder / "poison.safetensors"
     poison.save(kept)
     crafted = Crafted(kept, PoisonSet.load(kept), 0.0, [])
-    about = {"attack": name, "attack_config": {}, "attack_seed": 0, "crafting_seconds": None}
     return _measure(setting, dataset, crafted, folder, command, about, reuse=not fresh)
+
+
+def _about(source: Path, poison: PoisonSet, name: str | None) -> dict[str, Any]:
+    """Whose poison it is: as the run's record says, unless another name is given."""
+    if name is not None or not source.is_dir():
+        whose = source.stem if name is None else name
+        return {"attack": whose, "attack_config": {}, "attack_seed": 0, "crafting_seconds": None}
+    record = Record.load(source / "record.json")
+    _require_own(record, poison, source)
+    kept = ("attack", "attack_config", "attack_seed", "crafting_seconds")
+    return {field: getattr(record, field) for field in kept}
+
+
+def _require_own(record: Record, poison: PoisonSet, folder: Path) -> None:
+    if poison.hash != record.poison_hash:
+        raise UserError(f"{folder} holds another poison than its record scored: run it again")
 
 
 def publish(folder: Path, results: Path) -> Path:
@@ -154,8 +181,7 @@ def publish(folder: Path, results: Path) -> Path:
         UserError: the run is not finished, or is there already: records are never overwritten.
     """
     record = Record.load(folder / "record.json")
-    if PoisonSet.load(folder / "poison.safetensors").hash != record.poison_hash:
-        raise UserError(f"{folder} holds another poison than its record scored: run it again")
+    _require_own(record, PoisonSet.load(folder / "poison.safetensors"), folder)
     target = results / record.track / record.attack / record.defense / folder.resolve().name
     # A poison meets many defences, and its pictures are the same each time.
     copy_whole(folder, target, PUBLISHED if record.defense != "none" else (*PUBLISHED, PICTURES))

@@ -121,7 +121,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {q.estimator for q in record.qualities} == {"exact", "truncated", "es", "es-sign", "pes"}
     assert {q.num_steps for q in record.qualities} == set(bench.QUICK.lengths)
     assert record.factor > 0
-    assert all(leg.compute[-1] <= bench.QUICK.budget for leg in record.race)
+    for leg in record.race:  # two meta-steps at least, however dear the clock found a differentiated one
+        strategy = estimating.strategies(bench.QUICK.sigma, leg.num_steps)[leg.estimator]
+        each = 4 * strategy.cost(leg.num_steps).in_steps(record.factor)
+        assert leg.compute[-1] <= max(bench.QUICK.budget, 2.001 * each)
     for name in ("gradients.png", "race.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / ".pieces").exists()

@@ -7,7 +7,8 @@ Claims of `poisonbench.runs` tested here:
 - the record holds everything that it promises, and what it says of the poison is what the file holds;
 - the same request finds its record and trains nothing; `fresh` does it all again, with the same bytes;
   whatever decides the poison is in the folder's name, and what does not is not;
-- a poison file scored alone gives the accuracies of its run;
+- a poison file scored alone gives the accuracies of its run; a run's folder tells whose poison it is,
+  unless another name is given, and is refused where its record is of another poison;
 - publishing copies a finished run, and never overwrites one.
 
 Runs are tiny: 100 digits, a plain network of width 2, one epoch, two seeds.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -264,6 +266,26 @@ def test_a_file_scored_alone_gives_what_its_run_gave(finished: Finished, tmp_pat
     kept = scored.folder / "poison.safetensors"
     assert kept.read_bytes() == file.read_bytes()
     assert re.fullmatch(r"theirs-[0-9a-f]{8}", scored.folder.name)
+
+
+def test_a_run_s_folder_tells_whose_poison_it_is(finished: Finished, tmp_path: Path) -> None:
+    scored = runs.evaluate(finished.folder, request().setting, None, "poisonbench evaluate …", tmp_path)
+    for field in ("attack", "attack_config", "attack_seed", "crafting_seconds", "victims"):
+        assert getattr(scored.record, field) == getattr(finished.record, field), field
+    named = runs.evaluate(finished.folder, request().setting, "theirs", "", tmp_path).record
+    assert (named.attack, named.attack_config, named.crafting_seconds) == ("theirs", {}, None)
+
+
+def test_a_folder_whose_record_is_of_another_poison_is_refused(
+    finished: Finished, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(finished.folder / "poison.safetensors", folder)
+    finished.record.model_copy(update={"poison_hash": "0" * 64}).save(folder / "record.json")
+    with pytest.raises(UserError, match="holds another poison than its record scored"):
+        runs.evaluate(folder, request().setting, None, "", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

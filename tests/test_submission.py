@@ -16,6 +16,7 @@ Claims of `poisonbench.submission` tested here:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zipfile
@@ -346,10 +347,17 @@ def test_tables_say_what_was_submitted_and_take_it_for_no_control(
 def test_a_true_claim_holds_and_two_points_more_do_not(
     command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten pairs of victims of each recipe are trained on hidden seeds, on the digits track as it is."""
+    """Ten pairs of victims of each recipe are trained on hidden seeds, on the digits track as it is.
+
+    The secret is fixed, for one true claim in a hundred is flagged by chance; and the claim is not the
+    largest on record, for the luckiest of many draws does claim more than hidden seeds give it.
+    """
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("POISONBENCH_SECRET", str(tmp_path / "private" / "secret"))
+    private = tmp_path / "secret"
+    private.touch(mode=0o600)
+    private.write_text(hashlib.sha256(b"a secret for tests").hexdigest())
+    monkeypatch.setenv("POISONBENCH_SECRET", str(private))
     stored = [
         (path.parent, found)
         for path in sorted((HERE / "results" / "digits" / "mgd").glob("none/*/record.json"))
@@ -357,7 +365,7 @@ def test_a_true_claim_holds_and_two_points_more_do_not(
     ]
     if not stored:
         pytest.skip("NOT TESTED: no results here; they are in a checkout only")
-    folder, found = max(stored, key=lambda pair: pair[1].victims[0].drop.mean)
+    folder, found = min(stored, key=lambda pair: pair[1].created)
     claim = found.model_copy(update={"attack": "theirs"})
     inflated = [
         victim.model_copy(update={"poisoned": [round(score - 2, 6) for score in victim.poisoned]})
