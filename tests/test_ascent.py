@@ -168,6 +168,7 @@ def crafted(folder: Path | None, seed: int = 0) -> str:
     return attack.craft(TASK, jax.random.key(seed), Journal(folder)).hash
 
 
+@pytest.mark.slow
 def test_killed_within_a_metagradient_it_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def test_error_minimising_noise_is_easy() -> None:
     assert journal.rows[-1]["error"] < 0.05
 
 
+@pytest.mark.slow
 def test_killed_after_its_last_turn_it_ends_where_it_would_have(tmp_path: Path) -> None:
     """The turn that reached the goal is the last, whether or not the process lived to say so."""
     whole, journal = crafted("error_min")

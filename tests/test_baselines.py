@@ -104,7 +104,13 @@ def test_an_adaptive_attack_goes_through_the_defence(task: Task, against: str) -
 
 
 @pytest.mark.parametrize(
-    ("name", "start"), [("mgd", "random"), ("mgd", "influence"), ("mgd", "flips"), ("es", "random")]
+    ("name", "start"),
+    [
+        pytest.param("mgd", "random", marks=pytest.mark.slow),
+        ("mgd", "influence"),
+        ("mgd", "flips"),
+        ("es", "random"),
+    ],
 )
 def test_every_victim_of_an_adaptive_attack_is_defended(
     name: str, start: str, monkeypatch: pytest.MonkeyPatch

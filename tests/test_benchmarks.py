@@ -283,6 +283,7 @@ def test_a_wrong_gradient_is_called_one(capsys: pytest.CaptureFixture[str], tmp_
     assert capsys.readouterr().out.count("DIFFERS") == 1
 
 
+@pytest.mark.slow
 def test_a_worker_answers_from_its_own_process() -> None:
     with measure.Worker(MLP) as worker:
         assert worker.ask("state_bytes") == 4 * 2 * (64 * 3 + 3 + 3 * 10 + 10)

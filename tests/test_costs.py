@@ -57,6 +57,7 @@ def forward(images: int) -> int:
     return in_program(jax.make_jaxpr(lambda x: logits(RECIPE, 10, victim.state, x))(x))
 
 
+@pytest.mark.slow
 def test_a_training_is_its_steps_and_its_scores() -> None:
     before = trained.train
     counted = cost.cost(RECIPE, 60, (8, 8, 1), 0)

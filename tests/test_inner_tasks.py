@@ -204,6 +204,7 @@ def test_bad_tasks_and_sets_are_refused() -> None:
         tasks.draw(KEY(0), 0)
 
 
+@pytest.mark.slow
 def test_cifar10_is_read_in_grey_and_in_colour(cifar10_dir: Path) -> None:
     grey = InnerTask("mlp", "tfds:cifar10", 8, 16, 1, 64)
     held = tasks.load_data(grey, cifar10_dir)

@@ -79,6 +79,7 @@ def test_a_landscape_is_the_loss_over_its_square(tmp_path: Path) -> None:
     assert table["loss"][chosen].item() == pytest.approx(loss[1, 0])
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_a_finding(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     real_gradient, real_judge, calls = survey.metagradient, survey._judge, [0]
 

@@ -151,6 +151,7 @@ def test_z_stands_in_for_its_images(digits: Digits) -> None:
     assert gradcheck.relative_error(found.params, clean.params) > 1e-3
 
 
+@pytest.mark.slow
 def test_added_poison_is_a_longer_set(digits: Digits) -> None:
     poison = np.random.default_rng(0).integers(0, 256, (len(POISONED), 8, 8, 1), np.uint8)
     labels = (digits.labels[POISONED] + 1) % 10
@@ -206,6 +207,7 @@ def test_metagradient_through_a_victim(digits: Digits) -> None:
     gradcheck.assert_gradient(lambda z: metagradient(run, loss, state, steps, z)[0], z, gradient)
 
 
+@pytest.mark.slow
 def test_metagradient_through_max_pooling_is_finite(digits: Digits) -> None:
     # With `x.max` in place of a choice between two, the metagradient of this run was NaN.
     recipe = STANDARD.replace(width=16, epochs=2, batch_size=100, learning_rate=0.1)
@@ -287,6 +289,7 @@ def test_augmented_images_are_mirrored_or_shifted(flip: bool, pad: int) -> None:
     assert {x.tobytes() for x in np.asarray(found)} == possible
 
 
+@pytest.mark.slow
 def test_augmentation_and_a_defence_draw_from_keys_of_their_own(
     monkeypatch: pytest.MonkeyPatch, digits: Digits
 ) -> None:

@@ -240,6 +240,7 @@ def test_metagradients_by_the_weights_are_the_derivative(x64: None) -> None:
     assert_refuted(trained, weights, jax.tree.map(lambda g: 1.05 * g, gradient))
 
 
+@pytest.mark.slow
 def test_metagradients_stay_finite_where_a_gradient_is_always_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

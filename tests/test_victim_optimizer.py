@@ -80,7 +80,7 @@ PARAMS = {
         ("adamw", {"b1": 0.8, "eps_root": 1e-6, "weight_decay": 0.1}),
         ("rmsprop", {"decay": 0.95, "eps_in_sqrt": True}),
         ("lion", {}),
-        ("velo", {}),
+        pytest.param("velo", {}, marks=pytest.mark.slow),
         ("mlp_opt", {}),
     ],
 )
