@@ -22,8 +22,8 @@ from PIL import Image
 from poisonbench.errors import UserError
 from poisonbench.pictures import save
 
-from .defended import Cell, DefenseTable
 from .games import Game, Row, by_fraction, canonical, lines
+from .grids import UNDEFENDED, Cell, DefenseTable
 
 FOLDER = "figures"
 DIGEST = "Description"
@@ -32,6 +32,8 @@ ENOUGH = 3
 """Checks on held-out seeds that make a curve."""
 MOST = 24
 """Attacks, controls or defences that one figure can show apart: the first; the table has all."""
+SHARES = (-150, 150)
+"""Percent won back that a figure shows; an arrow stands for what is below."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def _defense_numbers(defended: DefenseTable) -> dict[str, Any]:
         "won": [[_won(defended.cells.get((attack, d))) for d in defenses] for attack in attacks],
         "price": [[round(x, 4) for x in (p.mean, p.low, p.high)] for p in map(defended.price, defenses)],
         "share": [None if s is None else [round(x, 4) for x in (s.mean, s.low, s.high)] for s in shares],
-        "front": [defense for defense in defended.front if defense in defenses],
+        "front": [name for name in defended.front if name in (*defenses, UNDEFENDED)],
     }  # fmt: skip
 
 
@@ -252,19 +254,28 @@ def _draw_defenses(numbers: dict[str, Any]) -> Figure:
         text = "" if np.isnan(value) else f"{round(value, 1) + 0:.1f}"
         left.text(j, i, text, ha="center", va="center", fontsize=7)
     figure.colorbar(shown, ax=left, label="points of accuracy over no defence", shrink=0.6)
-    for i, (name, price, won) in enumerate(
-        zip(defenses, numbers["price"], numbers["share"], strict=True)
-    ):
-        if won is not None:
+    prices, shares = (dict(zip(defenses, numbers[which], strict=True)) for which in ("price", "share"))
+    for i, name in enumerate(defenses):
+        if (won := shares[name]) is None:
+            continue
+        look: dict[str, Any] = {"color": f"C{i % 10}", "label": name}
+        if 100 * won[0] < SHARES[0]:  # it would squeeze all others
+            where, percent = (prices[name][0], SHARES[0] + 12), f"{100 * won[0]:.0f} %"
+            right.plot(*where, marker=r"$\downarrow$", markersize=12, linestyle="", **look)
+            right.annotate(percent, where, (0, 8), textcoords="offset points", rotation=60, fontsize=7)
+        else:
             right.errorbar(
-                price[0], 100 * won[0], xerr=_arms(price), yerr=100 * _arms(won),
-                fmt="osD^v"[i // 10 % 5], color=f"C{i % 10}", label=name, elinewidth=0.8,
+                prices[name][0], 100 * won[0], xerr=_arms(prices[name]), yerr=100 * _arms(won),
+                fmt="osD^v"[i // 10 % 5], elinewidth=0.8, **look,
             )  # fmt: skip
-    if front := [defenses.index(name) for name in numbers["front"]]:
-        right.plot(
-            [numbers["price"][i][0] for i in front], [100 * numbers["share"][i][0] for i in front],
-            "--", color="0.5", linewidth=1, label="Pareto front", zorder=0,
-        )  # fmt: skip
+    right.plot(0, 0, "x", color="black", label=UNDEFENDED)
+    right.plot(
+        [0.0 if name == UNDEFENDED else prices[name][0] for name in numbers["front"]],
+        [0.0 if name == UNDEFENDED else 100 * shares[name][0] for name in numbers["front"]],
+        "--", color="0.5", linewidth=1, zorder=0,
+        label="Pareto front" if len(numbers["front"]) > 1 else None,
+    )  # fmt: skip
+    right.set_ylim(max(right.get_ylim()[0], SHARES[0]), min(right.get_ylim()[1], SHARES[1]))
     right.set_ylabel("won back of all that was lost, %")
     _finish(right, "price: points of accuracy lost where there is no poison", beside=True)
     right.axvline(0, color="0.8", linewidth=1, zorder=0)

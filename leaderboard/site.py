@@ -32,9 +32,9 @@ from poisonbench.tracks import TRACKS
 
 from . import papers
 from .columns import columns, marks, standing
-from .defended import CONTROLS, Cell, DefenseTable, share
 from .figures import Picture, of_defenses, of_game
 from .games import Game, Row, canonical
+from .grids import CONTROLS, Cell, DefenseTable, share
 
 ASSETS = ("board.css", "board.js", "icon.svg", "datatables.min.js", "datatables.LICENSE.txt")
 GENERATOR = "poisonbench leaderboard"

@@ -31,9 +31,10 @@ from poisonbench.threat import LInf
 from poisonbench.tracks import TRACKS
 
 from .columns import marks
-from .defended import CONTROLS, DefenseTable, defense_tables, left_out, promise, share
+from .defended import defense_tables, left_out
 from .figures import FOLDER, Picture, of_defenses, of_game, pictures
 from .games import Game, Row, canonical, read
+from .grids import CONTROLS, DefenseTable, promise, share
 from .site import left_over, require_ours
 from .site import pages as build_site
 
@@ -213,13 +214,14 @@ def _csv(game: Game) -> str:
 
 def _defended_csv(defended: DefenseTable) -> str:
     rows = []
-    for table, defense in ((t, d) for t in (defended, *defended.others) for d in t.defenses):
+    for table, defense in ((t, d) for t in defended.by_recipe for d in t.defenses):
         for cell in table.of(defense):
             certificate = cell.certificate
             row: dict[str, object] = {
                 "victims": table.judge, "pairs": cell.price.n,
                 "defense": cell.defense, "defense_config": canonical(cell.record.defense_config),
-                "attack": cell.attack,
+                "trusted_images": cell.trusted,
+                "attack": cell.attack, "adaptive": cell.adaptive,
                 **_ends("undefended_poisoned", cell.bare), **_ends("lost", mean_interval(cell.lost)),
                 **_ends("clean", cell.clean), **_ends("poisoned", cell.poisoned),
                 **_ends("price", cell.price), **_ends("won", mean_interval(cell.won)),

@@ -7,15 +7,20 @@ Claims of `poisonbench.leaderboard.defended` tested here:
 - price, share won back, precision, recall and clean images lost are those worked out by hand;
 - where nothing was lost for sure there is nothing to win back, and points are shown instead;
 - a defence that has not met all attacks of a table has no share of them all; controls that are missing
-  are named, and undefended victims stand above;
-- on the front are the defences that no other beats in price and share, controls aside;
+  are named, so are defences that other tables have, and undefended victims stand above;
+- weak attacks count in the share of them all, those made against a defence do not, and are named;
+- on the front are the defences that no other beats in price and share, no defence one of them, controls
+  aside; there may be none but that;
+- a share with an interval too wide to read is shown as points; trusted images are counted;
+- victims of every recipe have tables;
 - of several twins the one of the same attack counts, and a record that has one is never left out;
 - controls come first; two records of a defence are told apart by their options;
 - defended records stand in no table of attacks, and the page, the CSV and the figure show them;
 - what a defence costs is read from the results, where it was measured on the same data, victims and
   hyperparameters, and the tables are out of date where it changes;
 - on record the oracle wins back everything within its interval, and the random filter nothing, both in
-  the table as a whole and attack by attack, on victims of every recipe;
+  the table as a whole and attack by attack, on victims of every recipe; taken for each other they are
+  found out;
 - a certificate is shown beside the accuracy that attacks of as many changes left; of the committed
   records none left less than was promised, and some of them try it.
 """
@@ -40,9 +45,11 @@ from poisonbench.statistics import quantile
 
 games: Any = importlib.import_module("poisonbench.leaderboard.games")
 defended: Any = importlib.import_module("poisonbench.leaderboard.defended")
+grids: Any = importlib.import_module("poisonbench.leaderboard.grids")
 tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
 SEEDS = DIGITS.seeds
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+FIXED = "digits-replace-fixed-labels-any-pixels-0.025-of-the-set"
 
 
 def guarded(
@@ -120,6 +127,9 @@ def test_shares_of_several_attacks_are_of_all_that_was_lost(tmp_path: Path) -> N
     put(tmp_path, guarded(0.0, 0.0, "oracle"), guarded(0.0, 0.0, "oracle").model_copy(update=other))
     (grid,) = found(tmp_path)
     assert grid.pooled == [name for name in grid.attacks if not grid.cells[name, "spectral"].adaptive]
+    assert [grid.cells[name, "spectral"].adaptive for name in grid.adaptive] == [True]
+    name = grid.adaptive[0].replace("_", r"\_")
+    assert f" Adaptive, made against a defence: {name}.\n" in page(tmp_path)
     assert grid.won_back("spectral").mean == pytest.approx(1 / 11)
 
 
@@ -133,7 +143,16 @@ def test_the_front_is_of_what_nothing_beats(tmp_path: Path) -> None:
     (grid,) = found(tmp_path)
     assert grid.won_back("cheap").mean == pytest.approx(0.2)
     assert grid.won_back("as_good").mean == pytest.approx(0.5)
-    assert grid.front == ["cheap", "dear"]
+    assert grid.front == ["undefended", "cheap", "dear"]
+
+
+def test_nothing_beats_no_defence_by_costing_more(tmp_path: Path) -> None:
+    put(tmp_path, make("mgd", 10.0, 0.0), guarded(11.0, 1.0, "harmful"), guarded(10.0, 0.0, "idle"))
+    (grid,) = found(tmp_path)
+    assert (grid.won_back("harmful").mean, grid.won_back("idle").mean) == pytest.approx((-0.2, 0))
+    assert grid.front == ["undefended"]
+    put(tmp_path, guarded(9.0, -1.0, "improving"))
+    assert found(tmp_path)[0].front == ["improving"]
 
 
 def test_intervals_of_shares_are_not_of_one_mould(tmp_path: Path) -> None:
@@ -166,6 +185,32 @@ def test_nothing_lost_is_nothing_to_win(tmp_path: Path) -> None:
     assert grid.won_back("spectral") is None
 
 
+def test_a_share_that_nobody_can_read_is_shown_as_points(tmp_path: Path) -> None:
+    put(tmp_path, make("mgd", 2.0, 2.0), guarded(4.0, 1.0, spread=8.0))
+    (grid,) = found(tmp_path)
+    won = grid.cells["mgd", "spectral"].won_back
+    assert won.high - won.low > grids.WIDEST
+    assert grid.shown("mgd", "spectral").endswith(" points)")
+
+
+def test_what_is_told_beside_the_shares(tmp_path: Path) -> None:
+    trusting = {"early_stop": {"trusted": 100}}
+    other = {"budget": {**make().budget.model_dump(), "fraction": 0.05}, "poison_hash": "f" * 64}
+    put(
+        tmp_path, make("mgd", 10.0, 0.0), guarded(4.0, 1.0),
+        guarded(4.0, 1.0, "early_stop", defense_config=trusting),
+        make("es", 5.0, **other), guarded(2.0, 1.0, "mixup", **other),
+    )  # fmt: skip
+    one, two = sorted(found(tmp_path), key=lambda grid: len(grid.defenses), reverse=True)
+    assert [one.trusted(name) for name in one.defenses] == [100, 0]
+    assert (one.unmeasured, two.unmeasured) == (("mixup",), ("early_stop", "spectral"))
+    text = page(tmp_path)
+    assert "\nNot measured in this game: mixup.\n" in text
+    for recipe in ("smooth", "standard"):
+        assert f"| defence, {recipe} victims |" in text
+        assert f"| filter, {recipe} victims |" in text
+
+
 def test_only_who_met_all_attacks_has_a_share_of_them_all(tmp_path: Path) -> None:
     other = {"attack": "es", "poison_hash": "e" * 64}
     put(
@@ -181,10 +226,10 @@ def test_only_who_met_all_attacks_has_a_share_of_them_all(tmp_path: Path) -> Non
     assert grid.won_back("spectral").mean == pytest.approx(5 / 15)
     assert grid.cells["mgd", "mixup"].won_back.mean == pytest.approx(0.7)
     assert grid.won_back("mixup") is None
-    assert grid.front == ["spectral"]
+    assert grid.front == ["undefended", "spectral"]
     assert grid.missing == ["random_filter"]
     assert "\nControls missing: random\\_filter.\n" in page(tmp_path)
-    assert "\n| *undefended* | 0 | 1 | – | 80.45 | 85.45 |\n" in page(tmp_path)
+    assert "\n| *undefended* | 0 | 1 | 0 | 0 % | 80.45 | 85.45 |\n" in page(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +275,7 @@ def test_defended_records_stand_in_no_table_of_attacks(tmp_path: Path) -> None:
     (grid,) = found(tmp_path)
     assert grid.defenses == ["oracle", "epic", "mixup (alpha=0.2)", "mixup (alpha=1.0)", "spectral"]
     assert len(rows(page(tmp_path))) == 1
-    assert "| *oracle* | 0.00 ± 0.00 | – | 100 %, 100 to 100 | 90.45 (100 %, 100 to 100) |" in page(
+    assert "| *oracle* | 0.00 ± 0.00 | – | 0 | 100 %, 100 to 100 | 90.45 (100 %, 100 to 100) |" in page(
         tmp_path
     )
     written = tables.build(tmp_path)
@@ -239,6 +284,8 @@ def test_defended_records_stand_in_no_table_of_attacks(tmp_path: Path) -> None:
     assert table["victims"].tolist() == ["smooth"] * 5 + ["standard"] * 5
     assert table["defense"].tolist() == grid.defenses * 2
     assert table["certificate_violations"].tolist() == [0] * 10
+    assert not table["adaptive"].any()
+    assert table["trusted_images"].tolist() == [0] * 10
     assert table["price"][4] == pytest.approx(1.0)
     np.testing.assert_allclose(
         table["clean"] - table["undefended_poisoned"] + table["price"], table["lost"]
@@ -281,7 +328,7 @@ def test_the_cost_is_that_of_the_same_defence(tmp_path: Path) -> None:
     assert "README.md" in stale
     assert any(name.endswith("-defences.csv") for name in stale)
     tables.update(tmp_path)
-    assert "| spectral | 1.00 ± 0.00 | 3.0 (2.50) |" in (tmp_path / "README.md").read_text()
+    assert "| spectral | 1.00 ± 0.00 | 3.0 (2.50) | 0 |" in (tmp_path / "README.md").read_text()
     (name,) = (tmp_path / "tables").glob("*-defences.csv")
     row = pd.read_csv(name).query("victims == 'smooth'").set_index("defense").loc["spectral"]
     assert row[["cost_trainings", "cost_least", "cost_most", "cost_by_count"]].tolist() == [
@@ -346,8 +393,8 @@ def test_no_attack_on_record_breaks_a_certificate() -> None:
             if (given := victim.certificate) is None:
                 continue
             assert given.violations == 0
-            assert victim.poisoned_accuracy.mean >= defended.promise(given) - 1e-5  # as rounded
-            if given.changes and defended.promise(given) >= 50:
+            assert victim.poisoned_accuracy.mean >= grids.promise(given) - 1e-5  # as rounded
+            if given.changes and grids.promise(given) >= 50:
                 tried.append(record.attack)
     assert {"gradcancel", "label_flip", "mgd"} <= set(tried)
 
@@ -364,16 +411,43 @@ def test_controls_on_record_are_what_they_should_be() -> None:
         if share is not None:
             assert share.low <= wanted[name] <= share.high, (grid.game.title, name)
 
-    # By the differences themselves: of what was lost the oracle leaves nothing, the other wins nothing.
-    cells = [
-        (name, cell)
-        for grid, name in several
-        for table in (grid, *grid.others)
-        for cell in table.of(name)
-        if cell.record.num_poison
-    ]
-    confidence = 1 - 0.05 / len(cells)
-    for name, cell in cells:
-        rest = np.subtract(cell.lost, cell.won) if name == "oracle" else np.array(cell.won)
-        error = rest.std(ddof=1) / np.sqrt(len(rest)) * quantile(len(rest) - 1, confidence)
-        assert abs(rest.mean()) <= error + 1e-9, (cell.folder, rest)
+
+def rest(cells: list[Any], control: str) -> np.ndarray:
+    """What should be nothing, seed by seed, summed over attacks: the oracle's loss, the other's gain."""
+    pairs = min(len(cell.lost) for cell in cells)
+    lost, won = (np.sum([getattr(c, x)[:pairs] for c in cells], axis=0) for x in ("lost", "won"))
+    return np.asarray(lost - won if control == "oracle" else won)
+
+
+def is_nothing(values: np.ndarray, confidence: float) -> bool:
+    error = values.std(ddof=1) / np.sqrt(len(values)) * quantile(len(values) - 1, confidence)
+    return bool(abs(values.mean()) <= error + 1e-9)
+
+
+def test_of_what_was_lost_the_oracle_leaves_nothing_and_a_random_filter_wins_nothing() -> None:
+    """By the differences themselves, over all attacks of a table together and one by one.
+
+    Attacks made against a defence aside: the places that they take may hold images that matter, which
+    no filter brings back. Without the twelve that `mgd` against mixup takes, victims are worse by 0.6
+    points, and under the oracle they stay so.
+    """
+    if not RESULTS.is_dir():
+        pytest.skip("NOT TESTED: results/ is part of the checkout only")
+    met = {
+        (grid.game.slug, grid.judge, name): [
+            cell for cell in grid.of(name) if cell.record.num_poison and not cell.adaptive
+        ]
+        for one in found(RESULTS)
+        for grid in one.by_recipe
+        for name in grids.CONTROLS
+        if name in grid.defenses
+    }
+    for (title, judge, name), cells in met.items():
+        assert is_nothing(rest(cells, name), 1 - 0.05 / len(met)), (title, judge, name)
+    alone = [(name, cell) for (_, _, name), cells in met.items() for cell in cells]
+    for name, cell in alone:
+        assert is_nothing(rest([cell], name), 1 - 0.05 / len(alone)), cell.folder
+    # It can fail: the one taken for the other is found out where most was lost.
+    judge = [cells for (slug, judge, _), cells in met.items() if (slug, judge) == (FIXED, "smooth")]
+    for cells, other in zip(judge, reversed(grids.CONTROLS), strict=True):
+        assert not is_nothing(rest(cells, other), 1 - 0.05 / len(met)), other
