@@ -17,7 +17,8 @@ What is left open, and how it is settled here: a part is brought to a size that 
 repeating its own images in order of hash, so that a few programs train them all; neither its size nor
 anything else of it depends on another part, which is all that the certificate asks for. Labels are part
 of the hash, so a flip may change two parts; without them it would change one, but the certificate counts
-a replacement as two in either case.
+a replacement as two in either case. What other defences do in a step, as mixup, the victims on the parts
+meet too: it draws on nothing but their own part.
 
 Cost: 1.6 victim trainings on `digits`, and 2.7 with k of 30: one to two in images, in k small ones,
 which are slower.
@@ -62,7 +63,7 @@ class DPA(Defense):
             recipe = view.recipe.replace(batch_size=min(view.recipe.batch_size, size // 2))
             own_key = jax.random.fold_in(key, part)
             victim = TrainedVictim.on(
-                view.images[own], view.labels[own], view.num_classes, recipe, own_key
+                view.images[own], view.labels[own], view.num_classes, recipe, own_key, guard=view.guard
             )
             # There may be many: what they trained with is not kept.
             victims.append(replace(victim, state=replace(victim.state, optimizer=None)))

@@ -1,7 +1,7 @@
 """Early stopping: keep the victim of the epoch that does best on trusted images.
 
-Poison of whole sets is often learnt after the images themselves; whoever has some clean images can
-stop in between. It bounds what a poison that acts late can do.
+A poison need not be learnt when the images are; whoever has some clean images can keep the victim of
+the epoch at which it did best. It bounds what a poison that acts late can do.
 
 Paper: Sandoval-Segura, Singla, Fowl, Geiping, Goldblum, Jacobs and Goldstein, "Poisons that are learned
 faster are more effective", 2022, https://arxiv.org/abs/2204.08615.

@@ -9,12 +9,13 @@ Paper: Liu, Yang and Mirzasoleiman, "Friendly Noise against Adversarial Noise: A
 against Data Poisoning Attacks", NeurIPS 2022, https://arxiv.org/abs/2208.10224: r of 16/255, uniform
 noise within 8/255.
 
-What is left open, and how it is settled here: the paper finds the noise after five epochs of a long run;
-here it is found for a victim of a whole run, and another one then trains from scratch. `steps` and
+What is left open, and how it is settled here: the paper finds the noise after five epochs of a long
+run; here it is found for a victim of a whole run, and another one then trains from scratch. `steps` and
 `weight` are the defaults of the authors' code, which differs otherwise: its divergence is the other way
 round, its measure of size the mean square, its descent that of SGD, and its example draws Bernoulli
-noise. Here the descent is by Adam. At each of its steps the noise is cut to what leaves pixels in their
-range, so that what was found is what is trained on.
+noise. Here the descent is by Adam, at a fifth of r, from uniform noise within a tenth of r. At each of
+its steps the noise is cut to what leaves pixels in their range, so that what was found is what is
+trained on.
 
 Cost: 3.8 victim trainings on `digits`: its own, the one that minds, and `steps` forward and backward
 passes over the set.

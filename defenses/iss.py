@@ -3,14 +3,14 @@
 Perturbations that make a set unlearnable hide in colour or in high frequencies. Taking either away
 from the training images leaves what a person sees.
 
-Paper: Liu, Zhao and Larson, "Image Shortcut Squeezing: Countering Perturbative Availability Poisons with
-Compression", ICML 2023, https://arxiv.org/abs/2301.13838: grey images against low-frequency
-perturbations, JPEG of quality 10 against the others; on average over twelve attacks 81.73 % on CIFAR-10.
-Test images are left as they are. The JPEG is real, by Pillow.
+Paper: Liu, Zhao and Larson, "Image Shortcut Squeezing: Countering Perturbative Availability Poisons
+with Compression", ICML 2023, https://arxiv.org/abs/2301.13838: grey images against low-frequency
+perturbations, JPEG of quality 10 against the others, either alone; on average over twelve attacks 81.73
+% on CIFAR-10. Test images are left as they are. The JPEG is real, by Pillow.
 
 What is left open, and how it is settled here: which of the two an attack calls for is not known
-beforehand, so both are applied by default. The paper's third means, fewer levels of each pixel, is left
-out.
+beforehand, so both are applied by default, which costs more than either: `how` names one. The paper's
+third means, fewer levels of each pixel, is left out.
 
 Cost: 1.1 victim trainings on `digits`: its own, and a JPEG of every image, once.
 """

@@ -27,7 +27,7 @@ of up to 0.4 on 200 digits it was 78 %, no more than signs under a mask had with
 - *All weights at each metastep, by half as much*: 93 %; with 10 metasteps, and not by less, it makes no
   difference. The mask breaks ties between counts, which weights do not have.
 - A running mean of the metagradients was tried, and was no better (two seeds).
-- *The step* falls linearly to a tenth; a weight below a twentieth at the end is zero.
+- *The step* falls linearly towards a tenth; a weight below a twentieth at the end is zero.
 - *Trusted images* are some of the validation images, whose loss attacks such as `mgd` climb: attacker
   and defender know the same. What that is worth to either was not measured.
 

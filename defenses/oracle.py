@@ -3,6 +3,10 @@
 What it does not win back was not the poison's doing but the missing images'. A defence that seems to do
 better was lucky, or the measure is wrong.
 
+Measured on `digits`, fixed labels: it leaves nothing that can be told from nothing of what four attacks
+take. Of the 2.02 points of `mgd` made against mixup it leaves 0.62 ± 0.21, over ten pairs of smooth
+victims: that attack takes the places of twelve images that matter.
+
 Cost: nothing beside the victim's own training.
 """
 

@@ -304,10 +304,15 @@ def _certificate(scores: dict[str, list[_Scores]], poison: PoisonSet) -> Certifi
     )
     # An image replaced is one removed and one added.
     changes = len(poison) * (2 if poison.budget.mode == "replace" else 1)
-    curve = [float(100 * (clean >= r).mean()) for r in range(int(clean.max()) + 1)]
+
+    def broken(sure: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """An answer sure to be the same for the other set is not: here it is right, there wrong."""
+        return (sure >= changes) & (other < 0)
+
+    curve = [float(100 * (clean >= r).mean()) for r in range(max(0, int(clean.max())) + 1)]
     return Certificate(
         curve=_rounded(np.array(curve)), changes=changes,
-        violations=int(((clean >= changes) & (both < 0)).sum()),
+        violations=int((broken(clean, both) + broken(both, clean)).sum()),
     )  # fmt: skip
 
 

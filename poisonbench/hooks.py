@@ -18,7 +18,8 @@ In the order in which a victim meets them:
 Several compose hook by hook: all that preprocess do, then all that filter, and so on; within a hook they
 come in the order in which they are named. `preprocess`, `augment` and `transform` work on what the one
 before gave; filters all see the same images, and their weights are multiplied; of several that pick an
-epoch, the last decides. `revise` and `aggregate` are one defence's alone, and so is `train`.
+epoch, the last decides. `revise` and `aggregate` are one defence's alone. So is `train`, whose victims
+meet what others do by `augment` and `transform`; it cannot stand beside more than that.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from poisonbench.trained import TrainedVictim
 from poisonbench.victim.recipe import Recipe
+from poisonbench.victim.training import Guard
 
 Loss = Callable[[Array, Array], Array]
 """Of a batch's images in [0, 1] and targets, at the victim's current weights; a scalar."""
@@ -52,6 +54,7 @@ class View:
         trusted_images, trusted_labels: as many clean images, not of the training set, as the defence
             declares.
         poisoned: `[n]`, which points are poisoned; None for all but the oracle.
+        guard: what other defences do in a step, for those that replace training; None for nothing.
     """
 
     images: UInt8[np.ndarray, "n h w c"]
@@ -62,6 +65,7 @@ class View:
     trusted_images: UInt8[np.ndarray, "m h w c"]
     trusted_labels: Int[np.ndarray, " m"]
     poisoned: Bool[np.ndarray, " n"] | None = None
+    guard: Guard | None = None
 
     def trained(
         self, key: PRNGKeyArray, weights: Float[np.ndarray, " n"] | None = None

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from poisonbench.arrays import chunks
 from poisonbench.victim.evaluation import train
 from poisonbench.victim.recipe import Recipe
-from poisonbench.victim.training import TrainingRun, TrainingSet, TrainState, features, logits
+from poisonbench.victim.training import Guard, TrainingRun, TrainingSet, TrainState, features, logits
 
 PyTree = Any
 Layers = Literal["all", "last"]
@@ -47,10 +47,11 @@ class TrainedVictim:
         recipe: Recipe,
         key: PRNGKeyArray,
         layers: Layers = "all",
+        guard: Guard | None = None,
     ) -> TrainedVictim:
-        """Train one on any data."""
+        """Train one on any data, with what a defence does in its steps."""
         data = TrainingSet.clean(images, labels, num_classes)
-        run, state = TrainingRun.start(recipe, data, key[None])
+        run, state = TrainingRun.start(recipe, data, key[None], guard)
         state = train(run, state, jnp.zeros((0, *images.shape[1:])))
         return TrainedVictim(recipe, num_classes, layers, jax.tree.map(lambda x: x[0], state))
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from poisonbench._plugins import options
 from poisonbench.defenses import Composed, Defense, View
 from poisonbench.errors import UserError
 from poisonbench.tracks import DIGITS
+from poisonbench.trained import TrainedVictim
 
 RECIPE = DIGITS.recipes["smooth"].replace(network="cnn", width=2, epochs=4, batch_size=10)
 CHEAP = {"steps": "2", "trusted": "8", "rounds": "2", "k": "3", "parts": "2"}
@@ -138,9 +140,14 @@ def hostile(kind: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("kind", ["all alike", "one class", "one of a class", "labels at random"])
 def test_no_set_is_dropped_whole(name: str, kind: str) -> None:
     images, labels = hostile(kind)
-    seen = replace(view(name), images=images, labels=labels)
-    weights = built(name).filter(seen, jax.random.key(0))
-    if weights is not None:
+    defense, seen = built(name), replace(view(name), images=images, labels=labels)
+    once = defense.filter(seen, jax.random.key(0))
+    while_training = None
+    if defense.every:
+        while_training = defense.revise(seen, seen.trained(jax.random.key(0)), 1, np.ones(len(labels)))
+        assert while_training is not None
+        assert set(labels[while_training > 0]) == set(labels)
+    for weights in (w for w in (once, while_training) if w is not None):
         assert np.isfinite(weights).all()
         assert (weights >= 0).all()
         assert (weights > 0).sum() >= RECIPE.batch_size
@@ -182,19 +189,43 @@ def test_test_images_make_no_difference(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_it_composes_with_mixup_or_says_that_it_cannot(name: str) -> None:
+def test_it_composes_with_mixup(name: str) -> None:
     if name == "mixup":
         with pytest.raises(UserError, match="once"):
             built(name, "mixup")
         return
-    if defenses.load(name).replaces_training():
-        with pytest.raises(UserError, match="cannot be combined"):
-            built(name, "mixup")
-        return
     both, seen = built(name, "mixup"), view(name)
-    assert np.isfinite(defended.train_and_score(both, seen, keys(0), *split(20, 1, 2)).by_epoch).all()
+    scored = defended.train_and_score(both, seen, keys(0), *split(20, 1, 2))
+    assert np.isfinite(scored.by_epoch).all()
+    if defenses.load(name).replaces_training():
+        return  # of which only the steps are the other's: see below
     for names in ((name, "mixup"), ("mixup", name)):
         assert_each_does_what_it_does_alone(built(*names), names.index(name), seen)
+
+
+@pytest.mark.slow
+def test_what_replaces_training_trains_with_what_others_do_in_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on, made = TrainedVictim.on, []
+
+    def kept(*arguments: Any, **options: Any) -> TrainedVictim:
+        made.append(on(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(TrainedVictim, "on", kept)
+    for names in ("dpa", "dpa,mixup", "mixup,dpa"):
+        defenses.build(names, ["dpa.k=2"]).train(view("dpa"), jax.random.key(0))
+    alone, mixed, other_way = (np.concatenate(weights(made[i : i + 2])) for i in (0, 2, 4))
+    np.testing.assert_array_equal(mixed, other_way)
+    assert np.abs(mixed - alone).max() > 1e-3
+    for several, hook in ((("dpa", "spectral"), "filter"), (("dp_sgd", "dpa"), "aggregate")):
+        with pytest.raises(UserError, match=f"dpa trains victims of its own, and .* by `{hook}`"):
+            built(*several)
+
+
+def weights(victims: list[TrainedVictim]) -> list[np.ndarray]:
+    return [np.ravel(leaf) for victim in victims for leaf in jax.tree.leaves(victim.weights)]
 
 
 def assert_each_does_what_it_does_alone(both: Composed, place: int, seen: View) -> None:
@@ -256,7 +287,7 @@ def test_what_cannot_work_is_refused_beforehand() -> None:
         ("mixup", ["mixup.alpha"], "defence.option=value"),
         ("mixup", ["mixup.alfa=2"], "did you mean --defense-set mixup.alpha"),
         ("mixup", ["mixup.alpha=0"], "mixup.alpha must be above 0"),
-        ("dpa,mixup", [], "cannot be combined"),
+        ("dpa,spectral", [], "dpa trains victims of its own, and spectral acts by `filter`"),
         ("epic,dp_sgd", ["epic.every=0"], "every must be at least 1"),
     ],
 )

@@ -226,6 +226,10 @@ def test_a_promise_that_did_not_hold_is_counted(dataset: Dataset, mode: str, cha
     held = harness._certificate({"clean": clean, "poisoned": scores([[0] * 4] * 2)}, poison)
     assert held is not None
     assert held.violations == 0
+    # The other way round: answers for the poisoned set that are sure to be those for the clean one.
+    wrong = harness._certificate({"clean": scores([[-1] * 4] * 2), "poisoned": clean}, poison)
+    assert wrong is not None
+    assert wrong.violations == {1: 6, 2: 4}[changes]
 
 
 def test_long_trainings_are_kept_one_by_one(

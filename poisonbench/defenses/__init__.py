@@ -43,8 +43,10 @@ class Composed(Defense):
             those = [name for name, _ in self._with(option)]
             if len(those) > 1:
                 raise UserError(f"--defense: {' and '.join(those)} {what}, which only one can: name one")
-        if any(d.replaces_training() for d in self.defenses) and len(self.defenses) > 1:
-            raise UserError("a defence that replaces training cannot be combined: name it alone")
+        for name, defense in self._named():
+            others = [other for other in self._named() if other[1] is not defense]
+            if defense.replaces_training() and (why := _more_than_steps(others)):
+                raise UserError(f"--defense: {name} trains victims of its own, and {why}: leave one out")
 
     @property
     def trusted(self) -> int:  # type: ignore[override]
@@ -142,14 +144,20 @@ class Composed(Defense):
         return picked
 
     def train(self, view: View, key: PRNGKeyArray) -> Predict | None:
-        """That of the only one, if it does."""
-        return self.defenses[0].train(view, key) if len(self.defenses) == 1 else None
+        """That of the one that does, whose victims meet what the others do in a step."""
+        for defense in self.defenses:
+            if defense.replaces_training():
+                others = tuple(other for other in self.defenses if other is not defense)
+                return defense.train(replace(view, guard=Composed(others) if others else None), key)
+        return None
+
+    def _named(self) -> list[tuple[str, Defense]]:
+        names = self.names or tuple(type(defense).__name__ for defense in self.defenses)
+        return list(zip(names, self.defenses, strict=True))
 
     def _with(self, option: str) -> list[tuple[str, Defense]]:
         """The defences that use what this hyperparameter is of, by name."""
-        names = self.names or tuple(type(defense).__name__ for defense in self.defenses)
-        pairs = zip(names, self.defenses, strict=True)
-        return [(name, defense) for name, defense in pairs if getattr(defense, option)]
+        return [(name, defense) for name, defense in self._named() if getattr(defense, option)]
 
     def _settings(self, option: str) -> str:
         """How a user sets this hyperparameter."""
@@ -235,12 +243,26 @@ def in_steps(text: str) -> Composed:
     """
     built = build(text)
     for name, defense in zip(built.names, built.defenses, strict=True):
-        for hook in ("preprocess", "filter", "revise", "pick", "train"):
-            if getattr(type(defense), hook) is not getattr(Defense, hook):
-                raise UserError(
-                    f"no attack is made against {name}: it acts by `{hook}`, not in the victim's steps"
-                )
+        if hook := _elsewhere(defense):
+            raise UserError(
+                f"no attack is made against {name}: it acts by `{hook}`, not in the victim's steps"
+            )
     return built
+
+
+def _elsewhere(defense: Defense) -> str | None:
+    """A hook by which it acts outside of the victim's steps."""
+    hooks = ("preprocess", "filter", "revise", "pick", "train")
+    acts = [hook for hook in hooks if getattr(type(defense), hook) is not getattr(Defense, hook)]
+    return next(iter(acts), None)
+
+
+def _more_than_steps(several: Sequence[tuple[str, Defense]]) -> str | None:
+    """Why they cannot go into the steps of victims on any part of the data, of any batch."""
+    for name, defense in several:
+        if hook := "aggregate" if defense.parts else _elsewhere(defense):
+            return f"{name} acts by `{hook}`, not in each of their steps alone"
+    return None
 
 
 def config(defense: Composed) -> dict[str, dict[str, Any]]:
