@@ -246,14 +246,18 @@ def _draw_defenses(numbers: dict[str, Any]) -> Figure:
     )
     left, right = figure.subplots(1, 2)
     points = np.array(numbers["won"], float).T  # None is NaN, and blank
-    most = float(np.nanmax(np.abs(points), initial=0.1))
+    # One that ruins its victims would leave all others one colour.
+    most = max(0.1, float(np.nanpercentile(np.abs(points), 90)))
     shown = left.imshow(points, cmap="RdYlGn", vmin=-most, vmax=most, aspect="auto")
     left.set_xticks(range(len(attacks)), attacks, rotation=30, ha="right", fontsize=8)
     left.set_yticks(range(len(defenses)), defenses, fontsize=8)
     for (i, j), value in np.ndenumerate(points):
         text = "" if np.isnan(value) else f"{round(value, 1) + 0:.1f}"
-        left.text(j, i, text, ha="center", va="center", fontsize=7)
-    figure.colorbar(shown, ax=left, label="points of accuracy over no defence", shrink=0.6)
+        color = "white" if abs(value) > 0.8 * most else "black"
+        left.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(
+        shown, ax=left, label="points of accuracy over no defence", shrink=0.6, extend="both"
+    )
     prices, shares = (dict(zip(defenses, numbers[which], strict=True)) for which in ("price", "share"))
     for i, name in enumerate(defenses):
         if (won := shares[name]) is None:
