@@ -258,7 +258,9 @@ def test_where_an_image_goes_depends_on_itself(monkeypatch: pytest.MonkeyPatch) 
         assert order[rows].tolist() == in_order
     recipes: list[tuple[int, int, bytes]] = []
 
-    def trained(images: np.ndarray, labels: np.ndarray, _: int, recipe: Any, key: Any) -> Any:
+    def trained(
+        images: np.ndarray, labels: np.ndarray, _: int, recipe: Any, key: Any, *, guard: Any
+    ) -> Any:
         recipes.append((len(labels), recipe.batch_size, images.tobytes() + bytes(key_data(key))))
         return Constant()
 
