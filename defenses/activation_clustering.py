@@ -13,7 +13,7 @@ class is suspect is the default of the Adversarial Robustness Toolbox. Independe
 converge on so few images; principal ones take their place, not whitened, which would make as much of the
 last of them as of the one along which a part stands apart.
 
-Cost: 2.1 victim trainings on `digits`: its own, one for the features, and a clustering for each class.
+Cost: 2.2 victim trainings on `digits`: its own, one for the features, and a clustering for each class.
 """
 
 from __future__ import annotations

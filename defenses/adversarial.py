@@ -10,7 +10,7 @@ whole sets: Tao, Feng, Yi, Huang and Chen, "Better Safe Than Sorry: Preventing D
 with Adversarial Training", NeurIPS 2021, https://arxiv.org/abs/2102.04716. The radius of 8/255 is the
 first's for CIFAR-10. Its seven steps are three here, for the sake of cost, of 2.5 r / steps each.
 
-Cost: 3.1 victim trainings on `digits`, with three steps: each takes a gradient by the images alone,
+Cost: 3.5 victim trainings on `digits`, with three steps: each takes a gradient by the images alone,
 which is two thirds of a training.
 """
 

@@ -15,7 +15,7 @@ gradient of one image alone is not defined. A batch is cut into parts that are n
 themselves, and the gradient of each is clipped. Parts, clip and noise are this project's; a noise of a
 hundredth of the clip is little, as the second paper advises. No privacy is claimed.
 
-Cost: 1.4 victim trainings on `digits`: its own, with no more operations, but small products are slower.
+Cost: 1.6 victim trainings on `digits`: its own, with no more operations, but small products are slower.
 """
 
 from __future__ import annotations

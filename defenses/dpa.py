@@ -20,7 +20,7 @@ of the hash, so a flip may change two parts; without them it would change one, b
 a replacement as two in either case. What other defences do in a step, as mixup, the victims on the parts
 meet too: it draws on nothing but their own part.
 
-Cost: 1.6 victim trainings on `digits`, and 2.7 with k of 30: one to two in images, in k small ones,
+Cost: 1.5 victim trainings on `digits`, and 2.4 with k of 30: one to two in images, in k small ones,
 which are slower.
 """
 

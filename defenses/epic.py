@@ -13,7 +13,7 @@ What is left open, and how it is settled here: the victims' runs are of some ten
 looked at after every third. The gradient is that of the last layer's weights, errors times features; the
 authors' code goes by the errors alone. All that is alone goes, unless that is the whole of a class.
 
-Cost: 1.3 victim trainings on `digits`: its own, and every third epoch a forward pass over the set, the
+Cost: 1.4 victim trainings on `digits`: its own, and every third epoch a forward pass over the set, the
 distances within each class, and for each of its medoids a pass over them.
 """
 

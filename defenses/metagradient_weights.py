@@ -34,7 +34,7 @@ of up to 0.4 on 200 digits it was 78 %, no more than signs under a mask had with
 Measured on `digits`, fixed labels, five pairs of smooth victims: 48 % (31 to 64) of what `mgd` takes is
 won back, `spectral` wins 54 % (36 to 65) at a nineteenth of the cost; the price is 0.57 ± 0.48 points.
 
-Cost: 39.6 victim trainings on `digits`: its own, and `steps` metagradients of three to four each.
+Cost: 40.6 victim trainings on `digits`: its own, and `steps` metagradients of three to four each.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Augmentation Sanitizes Poisoning and Backdoor Attacks without an Accuracy Tradeo
 https://arxiv.org/abs/2011.09527. The second image comes from the same batch; α is 1, as for CIFAR-10.
 One λ for each image, where the authors' code draws one for each batch.
 
-Cost: 1.1 victim trainings on `digits`: its own, and what it takes to draw from a Beta distribution.
+Cost: 1.0 victim trainings on `digits`: its own, and what it takes to draw from a Beta distribution.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ What differs here: a backdoor's poison is all of one class, so the paper can aff
 Here scores are divided by their mean over the class, so that classes can be compared, and 1.5 times as
 many as may be poisoned are dropped over all of them together.
 
-Cost: 2.1 victim trainings on `digits`: its own, one for the features, and a singular value decomposition
+Cost: 2.2 victim trainings on `digits`: its own, one for the features, and a singular value decomposition
 for each class.
 """
 

@@ -68,6 +68,7 @@ def loss(victim: TrainedVictim, images: np.ndarray, labels: np.ndarray) -> float
     return float(victim.loss(victim.weights, pixels, jnp.asarray(labels), ones)) / len(images)
 
 
+@pytest.mark.slow
 def test_a_descent_stays_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     task = problem()
     victim = clean_victim(task, KEY)

@@ -49,6 +49,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_commands_run(command: Run, checkout: Path) -> None:
     typed, missing = commands("entering.md"), set()
     assert {words[0] for words in typed} >= {"new", "check", "show", "run", "submit", "leaderboard"}

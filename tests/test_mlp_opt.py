@@ -102,6 +102,7 @@ def problem(dtype: Any) -> tuple[Any, ...]:
     return step, lambda s: loss(s[0]), (params, mlp_opt(20, weights).init(params)), weights
 
 
+@pytest.mark.slow
 def test_metagradients_by_the_weights_are_the_derivative(x64: None) -> None:
     step, objective, state, weights = problem(jnp.float64)
 

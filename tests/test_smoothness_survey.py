@@ -129,6 +129,7 @@ def test_a_small_step_gains_what_was_predicted_on_its_own_seed(finished: Finishe
     assert not np.allclose(others, predicted[:, None], rtol=0.25)
 
 
+@pytest.mark.slow
 def test_the_definitions_are_those_of_victims_trained_outside(finished: Finished) -> None:
     asked = request()
     data = runs.load_data(asked.setting)

@@ -329,6 +329,7 @@ def test_augmentation_and_a_defence_draw_from_keys_of_their_own(
     assert len(set(seen)) == 4
 
 
+@pytest.mark.slow
 def test_the_loss_of_many_images_is_differentiated_within_the_memory_of_few(
     digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_learned_victims_differ_from_another_by_the_optimizer_alone() -> None:
         assert ours.replace(**same) == like
 
 
+@pytest.mark.slow
 def test_scores_lie_beside_the_record(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

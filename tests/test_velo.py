@@ -187,6 +187,7 @@ def quadratic(weights: Any, num_steps: Any, target: Any, steps: int, how: str = 
     return carry
 
 
+@pytest.mark.slow
 def test_plain_compiled_scanned_and_vectorised_runs_agree(x64: None) -> None:
     weights = jax.tree.map(lambda x: x.astype(jnp.float64), SMALL.init(jax.random.key(0)))
     targets = jax.random.normal(jax.random.key(1), (2, 3, 2))
