@@ -70,7 +70,7 @@ def defense_tables(
     for _, record in defended:
         configs.setdefault(record.defense, {})[canonical(record.defense_config)] = record.defense_config
     known = costs.read(results)
-    alone = {record.defense for _, record in defended if "," not in record.defense}
+    alone = {record.defense for _, record in defended if "+" not in record.defense}
     found_tables: list[DefenseTable] = []
     for game in games:
         if not game.frozen:
@@ -96,9 +96,19 @@ def _by_poison(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def _twin(record: Record, rows: Mapping[str, Sequence[Row]]) -> Row | None:
-    """The undefended row of the same poison and victims; of several, that of the same attack."""
+    """The undefended row of the same poison and victims; of several, the same attack's."""
     twins = [row for row in rows.get(record.poison_hash, ()) if _belongs(record, row)]
-    return min(twins, key=lambda row: row.record.attack != record.attack, default=None)
+    return min(
+        twins,
+        key=lambda row: (row.record.attack != record.attack, _elsewhere(record, row)),
+        default=None,
+    )
+
+
+def _elsewhere(record: Record, row: Row) -> bool:
+    """Whether the two were measured on different kinds of processor, or numbers of cores."""
+    ours, theirs = record.hardware, row.record.hardware
+    return (ours.processor, ours.cores) != (theirs.processor, theirs.cores)
 
 
 def _belongs(record: Record, row: Row) -> bool:
@@ -181,5 +191,5 @@ def _cell(
         paired_drop(clean, scores.clean), tuple(lost.tolist()), tuple(won.tolist()),
         ratio_interval(won.tolist(), lost.tolist()) if sure else None,
         precision, recall, clean_lost, scores.certificate,
-        bool(row.record.attack_config.get("against")),
+        bool(row.record.attack_config.get("against")), _elsewhere(record, row),
     )  # fmt: skip

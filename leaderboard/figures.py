@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -262,15 +263,18 @@ def _draw_defenses(numbers: dict[str, Any]) -> Figure:
     for i, name in enumerate(defenses):
         if (won := shares[name]) is None:
             continue
-        look: dict[str, Any] = {"color": f"C{i % 10}", "label": name}
-        if 100 * won[0] < SHARES[0]:  # it would squeeze all others
-            where, percent = (prices[name][0], SHARES[0] + 12), f"{100 * won[0]:.0f} %"
-            right.plot(*where, marker=r"$\downarrow$", markersize=12, linestyle="", **look)
-            right.annotate(percent, where, (0, 8), textcoords="offset points", rotation=60, fontsize=7)
-        else:
+        hue, percent = colormaps["tab20"](i % 20), 100 * won[0]
+        if SHARES[0] <= percent <= SHARES[1]:
             right.errorbar(
-                prices[name][0], 100 * won[0], xerr=_arms(prices[name]), yerr=100 * _arms(won),
-                fmt="osD^v"[i // 10 % 5], elinewidth=0.8, **look,
+                prices[name][0], percent, xerr=_arms(prices[name]), yerr=100 * _arms(won),
+                fmt="osD^v"[i % 5], elinewidth=0.8, color=hue, label=name,
+            )  # fmt: skip
+        else:  # it would squeeze all others
+            low = percent < SHARES[0]
+            right.plot(
+                prices[name][0], SHARES[0] + 12 if low else SHARES[1] - 12, linestyle="", markersize=12,
+                marker=r"$\downarrow$" if low else r"$\uparrow$", color=hue,
+                label=f"{name}: {percent:.0f} %",
             )  # fmt: skip
     right.plot(0, 0, "x", color="black", label=UNDEFENDED)
     right.plot(

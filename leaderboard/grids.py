@@ -6,6 +6,7 @@ What stands in them, `poisonbench.leaderboard.defended` finds and works out.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +24,8 @@ UNDEFENDED = "undefended"
 """Victims without a defence, which costs nothing and wins nothing back."""
 WIDEST = 2.0
 """Width of a share's interval from which on points are shown instead."""
+ELSEWHERE = "†"
+"""Marks what was measured on another kind of processor than the undefended victims."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Cell:
         clean_lost: clean images dropped of the poisoned set, on average.
         certificate: what a certified defence promised these victims.
         adaptive: the attack was made against a defence.
+        elsewhere: the undefended victims were trained on another kind of processor, which rounds
+            otherwise: the pairs share their seeds, but where training is chaotic not much more. The
+            intervals hold, and are wider than they might be.
     """
 
     record: Record
@@ -63,11 +69,17 @@ class Cell:
     clean_lost: float | None
     certificate: Certificate | None
     adaptive: bool
+    elsewhere: bool
 
     @property
     def trusted(self) -> int:
         """Clean images that the defence was given."""
         return sum(int(options.get("trusted", 0)) for options in self.record.defense_config.values())
+
+    @property
+    def back(self) -> str:
+        """The share won back, or else the points."""
+        return _share_or_points(self.won_back, self.won)
 
     @property
     def filtered(self) -> str:
@@ -123,10 +135,8 @@ class DefenseTable:
         cell = self.cells.get((attack, defense))
         if cell is None:
             return "–"
-        left, back = f"{cell.poisoned.mean:.2f}", cell.won_back
-        if back is not None and back.high - back.low <= WIDEST:
-            return f"{left} ({share(back)})"
-        return f"{left} ({mean_interval(cell.won)} points)" if cell.record.num_poison else left
+        left = f"{cell.poisoned.mean:.2f}{ELSEWHERE if cell.elsewhere else ''}"
+        return f"{left} ({cell.back})" if cell.record.num_poison else left
 
     def undefended(self, attack: str) -> str:
         """The accuracy that an attack leaves of undefended victims, over the most pairs of its row."""
@@ -134,8 +144,17 @@ class DefenseTable:
         return f"{max(cells, key=lambda cell: cell.bare.n).bare.mean:.2f}"
 
     def price(self, defense: str) -> Interval:
-        """Its price, which is the same whatever the attack: clean victims never meet one."""
-        return self.of(defense)[0].price
+        """Its price, of the most pairs there are: clean victims never meet an attack."""
+        return self._dearest(defense).price
+
+    def priced(self, defense: str) -> str:
+        """The same, marked where it compares two kinds of processor."""
+        cell = self._dearest(defense)
+        return f"{cell.price}{ELSEWHERE if cell.elsewhere else ''}"
+
+    def _dearest(self, defense: str) -> Cell:
+        """The first of the cells with the most pairs of victims."""
+        return max(self.of(defense), key=lambda cell: cell.price.n)
 
     def trusted(self, defense: str) -> int:
         """Clean images that it is given."""
@@ -181,8 +200,32 @@ class DefenseTable:
         """Share won back of all that was lost to the pooled attacks, together.
 
         Sums, not a mean of shares: a share of next to nothing may be anything. None for a defence that
-        has not met all of these attacks, so that shares of one column can be compared.
+        has not met all of these attacks, so that shares of one column can be compared, and where it
+        cannot be told whether anything was lost.
         """
+        sums = self._together(defense)
+        return None if sums is None else ratio_interval(*sums)
+
+    def won(self, defense: str) -> str:
+        """The same for the page, or else the points that it wins."""
+        sums = self._together(defense)
+        return "–" if sums is None else _share_or_points(ratio_interval(*sums), sums[0])
+
+    @property
+    def told_apart(self) -> Interval | None:
+        """By how many points the oracle is better than the random filter, over the pooled attacks.
+
+        What the table can tell is worth no more than that. None where a control is missing.
+        """
+        sums = [self._together(control) for control in CONTROLS]
+        if any(one is None for one in sums):
+            return None
+        oracle, chance = (one[0] for one in sums if one is not None)
+        pairs = min(len(oracle), len(chance))
+        return mean_interval(np.subtract(oracle[:pairs], chance[:pairs]).tolist())
+
+    def _together(self, defense: str) -> tuple[list[float], list[float]] | None:
+        """Points won and lost to the pooled attacks, summed seed by seed."""
         cells = [self.cells[a, defense] for a in self.pooled if (a, defense) in self.cells]
         if not cells or len(cells) < len(self.pooled):
             return None
@@ -191,7 +234,7 @@ class DefenseTable:
             np.sum([getattr(cell, which)[:pairs] for cell in cells], axis=0).tolist()
             for which in ("won", "lost")
         )
-        return ratio_interval(won, lost)
+        return won, lost
 
     @property
     def front(self) -> list[str]:
@@ -249,9 +292,14 @@ def promise(certificate: Certificate) -> float:
     return curve[changes] if changes < len(curve) else 0.0
 
 
-def share(interval: Interval | None) -> str:
+def _share_or_points(share_of: Interval | None, won: Sequence[float]) -> str:
+    """A share where its interval says something, or else points."""
+    if share_of is not None and share_of.high - share_of.low <= WIDEST:
+        return share(share_of)
+    return f"{mean_interval(won)} points"
+
+
+def share(interval: Interval) -> str:
     """A share in percent with its ends, which need not lie alike."""
-    if interval is None:
-        return "–"
     mean, low, high = (round(100 * x) for x in (interval.mean, interval.low, interval.high))
     return f"{mean} %, {low} to {high}"

@@ -34,7 +34,7 @@ from . import papers
 from .columns import columns, marks, standing
 from .figures import Picture, of_defenses, of_game
 from .games import Game, Row, canonical
-from .grids import CONTROLS, Cell, DefenseTable, share
+from .grids import CONTROLS, Cell, DefenseTable
 
 ASSETS = ("board.css", "board.js", "icon.svg", "datatables.min.js", "datatables.LICENSE.txt")
 GENERATOR = "poisonbench leaderboard"
@@ -186,7 +186,7 @@ class _Writer:
             "ranking": RULES[CURRENT].statement, "rules": CURRENT,
             "confidence": f"{CONFIDENCE:.0%}".replace("%", " %"),
             "certain": f"{CERTAIN:.0%}".replace("%", " %"),
-            "command": _command, "pictures": PICTURES, "told": _told, "share": share,
+            "command": _command, "pictures": PICTURES, "told": _told,
             "describe": _describe, "recipe": self._recipe, "seeds": _seeds,
         }  # fmt: skip
 

@@ -34,7 +34,7 @@ from .columns import marks
 from .defended import defense_tables, left_out
 from .figures import FOLDER, Picture, of_defenses, of_game, pictures
 from .games import Game, Row, canonical, read
-from .grids import CONTROLS, DefenseTable, promise, share
+from .grids import CONTROLS, DefenseTable, promise
 from .site import left_over, require_ours
 from .site import pages as build_site
 
@@ -172,7 +172,6 @@ def _files(board: _Board, rules: int) -> dict[Path, str]:
         rule=RULES[rules].statement,
         of_game=of_game,
         of_defenses=of_defenses,
-        share=share,
         controls=CONTROLS,
         left_out=board.left_out,
         defended_of={table.game.slug: table for table in several},
@@ -221,7 +220,7 @@ def _defended_csv(defended: DefenseTable) -> str:
                 "victims": table.judge, "pairs": cell.price.n,
                 "defense": cell.defense, "defense_config": canonical(cell.record.defense_config),
                 "trusted_images": cell.trusted,
-                "attack": cell.attack, "adaptive": cell.adaptive,
+                "attack": cell.attack, "adaptive": cell.adaptive, "other_processor": cell.elsewhere,
                 **_ends("undefended_poisoned", cell.bare), **_ends("lost", mean_interval(cell.lost)),
                 **_ends("clean", cell.clean), **_ends("poisoned", cell.poisoned),
                 **_ends("price", cell.price), **_ends("won", mean_interval(cell.won)),

@@ -147,7 +147,7 @@ def evaluate(
     dataset = load_data(setting)
     poison.check(dataset.train_images, dataset.train_labels, dataset.num_classes)
     _require_defense(setting, dataset, poison.budget)
-    decides = {"poison": poison.hash, "victims": harness.victim_code()}
+    decides = {"poison": poison.hash, "victims": harness.victim_code(), "about": about}
     folder = out / setting.track.name / f"{name}-{_identity(setting, dataset, decides)}"
     if setting.defense is not None:
         folder = folder.with_name(f"{folder.name}-{_defense_identity(setting)}")

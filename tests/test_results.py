@@ -7,6 +7,8 @@ Claims of `results/` tested here:
 - so were the defended ones of a table by each defence, whatever the attack;
 - processors round differently, and a victim's accuracy may hang on that: on one kind of machine clean
   victims are the same to the last digit, and between kinds their means do not differ for sure;
+- where a filter drops nothing of the clean set, its clean victims are the undefended ones or, of another
+  kind of machine, as good on average;
 - every file that says by what code it was made was made from committed code.
 """
 
@@ -24,6 +26,7 @@ import pytest
 from scipy.stats import ttest_ind
 
 from poisonbench.records import Record
+from poisonbench.statistics import quantile
 from poisonbench.submission import manifest
 
 defended: Any = importlib.import_module("poisonbench.leaderboard.defended")
@@ -84,6 +87,23 @@ def test_a_defence_has_the_same_clean_victims_whatever_the_attack(tables: list[A
                 clean[cell.clean.n].append((cell.record, cell.record.victim(grid.judge).clean))
             for measured in clean.values():
                 assert disagreement(measured) == [], (grid.game.title, grid.judge, defense)
+
+
+def test_a_filter_that_drops_nothing_leaves_clean_victims_as_they_are(tables: list[Any]) -> None:
+    several = [grid for one in defended.defense_tables(RESULTS, tables) for grid in one.by_recipe]
+    same, other = [], []
+    for grid in several:
+        for cell in grid.cells.values():
+            dropped = cell.record.victim(grid.judge).filtering
+            if dropped is not None and not any(dropped.clean_run):
+                (other if cell.elsewhere else same).append(cell)
+    assert {cell.defense for cell in same} >= {"oracle"}
+    for cell in same:
+        assert (cell.price.low, cell.price.high) == (0, 0), cell.folder
+    assert other
+    for cell in other:
+        wide = cell.price.half * quantile(cell.price.n - 1, 1 - 0.05 / len(other))
+        assert abs(cell.price.mean) <= wide / quantile(cell.price.n - 1, 0.95) + 1e-9, cell.folder
 
 
 def test_everything_was_made_from_committed_code(tables: list[Any]) -> None:

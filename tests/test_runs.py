@@ -276,6 +276,23 @@ def test_a_run_s_folder_tells_whose_poison_it_is(finished: Finished, tmp_path: P
     assert (named.attack, named.attack_config, named.crafting_seconds) == ("theirs", {}, None)
 
 
+@pytest.mark.parametrize("first", ["file", "folder"])
+def test_what_is_told_of_one_poison_is_not_told_of_another_run_s(
+    first: str, finished: Finished, tmp_path: Path
+) -> None:
+    name = finished.record.attack
+    sources: dict[str, tuple[Path, str | None]] = {
+        "file": (finished.folder / "poison.safetensors", name), "folder": (finished.folder, None)
+    }  # fmt: skip
+    told = {}
+    for kind in sorted(sources, key=lambda kind: kind != first):
+        source, given = sources[kind]
+        told[kind] = runs.evaluate(source, request().setting, given, "", tmp_path).record
+    assert told["file"].crafting_seconds is None
+    assert told["folder"].crafting_seconds == finished.record.crafting_seconds
+    assert told["file"].victims == told["folder"].victims
+
+
 def test_a_folder_whose_record_is_of_another_poison_is_refused(
     finished: Finished, tmp_path: Path
 ) -> None:

@@ -260,7 +260,9 @@ def _elsewhere(defense: Defense) -> str | None:
 def _more_than_steps(several: Sequence[tuple[str, Defense]]) -> str | None:
     """Why they cannot go into the steps of victims on any part of the data, of any batch."""
     for name, defense in several:
-        if hook := "aggregate" if defense.parts else _elsewhere(defense):
+        if defense.parts:
+            return f"{name} cuts their batches, which may be of any size, into {defense.parts}"
+        if hook := _elsewhere(defense):
             return f"{name} acts by `{hook}`, not in each of their steps alone"
     return None
 
