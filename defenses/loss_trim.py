@@ -40,8 +40,8 @@ class LossTrim(Defense):
     factor: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or not self.factor > 0:
-            raise UserError("loss_trim: rounds must be at least 1, and factor above 0")
+        if self.rounds < 1 or not 0 < self.factor < 1e9:
+            raise UserError("loss_trim: rounds must be at least 1, and factor above 0 and below 1e9")
 
     def dropped(self, allowed: int) -> int:
         """In proportion to what may be poisoned."""

@@ -38,8 +38,8 @@ class Spectral(Defense):
     factor: float = 1.5
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
-            raise UserError("spectral.factor must be above 0")
+        if not 0 < self.factor < 1e9:
+            raise UserError("spectral.factor must be above 0, and below 1e9")
 
     def dropped(self, allowed: int) -> int:
         """In proportion to what may be poisoned."""

@@ -47,8 +47,17 @@ def left_out(
         if record.status != "valid":
             left.append((folder, record, record.remark))
         elif _twin(record, rows) is None:
-            left.append((folder, record, "no valid undefended record of the same poison and victims"))
+            left.append((folder, record, _why(record)))
     return left
+
+
+def _why(record: Record) -> str:
+    """Why a valid record stands in no table of defences."""
+    if (pairs := min(len(v.seeds) for v in record.victims)) < FEWEST:
+        return f"{pairs} pairs of victims, and a table takes {FEWEST} or more"
+    if record.track not in TRACKS or [name for name in record.custom if name != "seeds"]:
+        return "a custom game, and tables of defences are those of frozen tracks"
+    return "no valid undefended record of the same poison and victims"
 
 
 def defense_tables(
@@ -70,7 +79,6 @@ def defense_tables(
     for _, record in defended:
         configs.setdefault(record.defense, {})[canonical(record.defense_config)] = record.defense_config
     known = costs.read(results)
-    alone = {record.defense for _, record in defended if "+" not in record.defense}
     found_tables: list[DefenseTable] = []
     for game in games:
         if not game.frozen:
@@ -82,9 +90,18 @@ def defense_tables(
             first, *others = (
                 _defense_table(game, judge, several, results, known, configs) for judge in game.recipes
             )
-            unmeasured = tuple(sorted(alone - {record.defense for _, record, _ in several}))
-            found_tables.append(replace(first, others=tuple(others), unmeasured=unmeasured))
-    return found_tables
+            found_tables.append(replace(first, others=tuple(others)))
+    alone = [_alone(table) for table in found_tables]
+    everywhere = set().union(*alone)
+    return [
+        replace(table, unmeasured=tuple(sorted(everywhere - here)))
+        for table, here in zip(found_tables, alone, strict=True)
+    ]
+
+
+def _alone(table: DefenseTable) -> set[str]:
+    """The defences that stand in it by themselves, not composed with others."""
+    return {cell.record.defense for cell in table.cells.values() if "+" not in cell.record.defense}
 
 
 def _by_poison(rows: Iterable[Row]) -> dict[str, list[Row]]:

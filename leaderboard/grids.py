@@ -263,11 +263,12 @@ class DefenseTable:
         if not kept:
             return None
         curve = kept[0].curve
-        steps = sorted({0, *(round(x) for x in np.linspace(0, len(curve) - 1, 5))})
+        steps = sorted({round(x) for x in np.linspace(0, len(curve) - 1, min(8, len(curve)))})
         promised = ", ".join(f"{curve[r]:.1f} % against {r}" for r in steps)
-        beyond = " and ".join(map(str, sorted({c.changes for c in kept if not promise(c)})))
+        beyond = " and ".join(map(str, sorted({c.changes for c in kept if not c.promised})))
         return (
-            f"accuracy certified to stay, whatever images are added or removed: {promised}."
+            "accuracy certified to stay, whatever images are added or removed, one replaced being one of"
+            f" each: {promised}."
             f"{f' Against poisons of {beyond} changes it promises nothing.' if beyond else ''}"
             f" Promises broken: {sum(c.violations for c in kept)}"
         )
@@ -278,18 +279,12 @@ class DefenseTable:
         return [
             (
                 cell.attack,
-                f"{given.changes} changes: {promise(given):.1f} % promised,"
+                f"{given.changes} changes: {given.promised:.1f} % promised,"
                 f" {cell.poisoned.mean:.1f} % left",
             )
             for cell, given in cells
-            if given is not None and given.changes and promise(given) > 0
+            if given is not None and given.changes and given.promised > 0
         ]
-
-
-def promise(certificate: Certificate) -> float:
-    """Accuracy certified to stay under as many changes as the poison makes, in percent."""
-    curve, changes = certificate.curve, certificate.changes
-    return curve[changes] if changes < len(curve) else 0.0
 
 
 def _share_or_points(share_of: Interval | None, won: Sequence[float]) -> str:

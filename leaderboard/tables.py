@@ -34,7 +34,7 @@ from .columns import marks
 from .defended import defense_tables, left_out
 from .figures import FOLDER, Picture, of_defenses, of_game, pictures
 from .games import Game, Row, canonical, read
-from .grids import CONTROLS, DefenseTable, promise
+from .grids import CONTROLS, DefenseTable
 from .site import left_over, require_ours
 from .site import pages as build_site
 
@@ -228,7 +228,7 @@ def _defended_csv(defended: DefenseTable) -> str:
                 "precision": _six(cell.precision), "recall": _six(cell.recall),
                 "clean_images_lost": _six(cell.clean_lost),
                 **_cost(table, defense),
-                "certified": None if certificate is None else promise(certificate),
+                "certified": None if certificate is None else certificate.promised,
                 "certificate_changes": None if certificate is None else certificate.changes,
                 "certificate_violations": None if certificate is None else certificate.violations,
                 "evaluation_seconds": cell.record.evaluation_seconds,

@@ -103,8 +103,8 @@ class Ascent(Attack):
             concentrated ones, or copies of them where labels are fixed.
         start_seeds: victims trained for each pair of classes that `flips` tries.
         candidates: class pairs that `flips` tries.
-        against: defences, with commas between, that the victim is taken to train under, as far as they
-            act in its steps: the attack is adaptive then.
+        against: defences, with commas between and with their default options, that the victim is taken
+            to train under: the attack is adaptive then. They must act in its steps alone.
     """
 
     steps: int = 45

@@ -153,11 +153,15 @@ def evaluate(
 ) -> None:
     """Retrain victims on a poison that is there, and say how much accuracy they lost.
 
-    A run's folder tells whose poison it is: `--defense` meets published attacks, and crafts nothing.
+    A run's folder tells whose poison it is, and of what data unless you name a track or data set:
+    `--defense` meets published attacks, and crafts nothing.
     """
+    given = locals()
     from poisonbench import runs
 
-    setting = _setting(locals())
+    if track is None and dataset is None:
+        given |= {name: told for name, told in runs.data_of(poison).items() if given[name] is None}
+    setting = _setting(given)
     finished = runs.evaluate(poison, setting, name, _command(), out, fresh=fresh)
     _show(finished, as_json)
 

@@ -88,7 +88,7 @@ def _together(
 ) -> Defended:
     """Victims that train on the same images."""
     recipe, number = view.recipe, len(view.labels)
-    weights = _stacked([defense.filter(view, key) for key in own], number)
+    weights = _stacked(defense, [defense.filter(view, key) for key in own], number)
     data = TrainingSet.clean(view.images, view.labels, view.num_classes)
     run, state = TrainingRun.start(recipe, data, keys, defense)
     order = np.asarray(run.order)
@@ -100,6 +100,7 @@ def _together(
         if epoch:
             now = np.ones((len(keys), number), np.float32) if weights is None else weights
             revised = _stacked(
+                defense,
                 [
                     defense.revise(view, _victim(view, state, i), epoch, now[i].astype(float))
                     for i in range(len(keys))
@@ -107,7 +108,7 @@ def _together(
                 number,
             )
             if revised is not None:
-                weights = _stacked(list(now * revised), number)
+                weights = _stacked(defense, list(now * revised), number)
             run = _kept(run, order, weights)
         epochs = jnp.arange(epoch, min(epoch + every, recipe.epochs))
         state, right = train_and_score_epochs(run, state, epochs, *map(jnp.asarray, both))
@@ -162,16 +163,15 @@ def _victim(view: View, state: TrainState, seed: int) -> TrainedVictim:
     return TrainedVictim(view.recipe, view.num_classes, "all", alone)
 
 
-def _stacked(several: list[np.ndarray | None], number: int) -> np.ndarray | None:
+def _stacked(
+    defense: Composed, several: list[np.ndarray | None], number: int
+) -> Float[np.ndarray, "seeds n"] | None:
     """Weights of all seeds; ones for those that have none."""
     if all(weights is None for weights in several):
         return None
-    rows = [np.ones(number) if weights is None else np.asarray(weights, float) for weights in several]
-    for row in rows:
-        if not (np.isfinite(row).all() and (row >= 0).all()):
-            raise UserError("the defence gave weights that are negative or not finite: correct its code")
-        if not row.any():
-            raise UserError("the defence drops every image of the training set: weaken it")
+    rows = [np.ones(number) if weights is None else weights for weights in several]
+    if not all(row.any() for row in rows):
+        raise UserError(f"{defense} drops every image of the training set: weaken it")
     return np.stack(rows).astype(np.float32)
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from poisonbench._files import replacing
 from poisonbench.data import Dataset
 from poisonbench.journal import LogRow
-from poisonbench.records import Record, VictimScores
+from poisonbench.records import Record
 from poisonbench.threat import PoisonSet
 
 SHOWN = 8
@@ -25,7 +25,7 @@ CLEAN, POISONED = "#3b6ea5", "#c1432e"  # apart for the colour-blind too
 def write(record: Record, poison: PoisonSet, log: list[LogRow], dataset: Dataset, folder: Path) -> None:
     """Write `poisons.png`, `accuracy.png`, `summary.png` and, where there is a log, `crafting.png`."""
     accuracy = Figure(figsize=(5.5, 3.2), layout="constrained")
-    _accuracy(accuracy.subplots(), record.victims)
+    _accuracy(accuracy.subplots(), record)
     save(accuracy, folder / "accuracy.png")
     if _curve(log):
         crafting = Figure(figsize=(5.5, 3.2), layout="constrained")
@@ -38,7 +38,7 @@ def write(record: Record, poison: PoisonSet, log: list[LogRow], dataset: Dataset
         summary = Figure(figsize=(13, 4.1), layout="constrained")
         left, right = np.asarray(summary.subfigures(1, 2, width_ratios=[2, 1]))
         _poisons(left, poison, dataset)
-        _accuracy(right.subplots(), record.victims)
+        _accuracy(right.subplots(), record)
         save(summary, folder / "summary.png")
 
 
@@ -69,8 +69,9 @@ def _image(axes: Axes, pixels: np.ndarray) -> None:
     axes.set_yticks([])
 
 
-def _accuracy(axes: Axes, victims: list[VictimScores]) -> None:
+def _accuracy(axes: Axes, record: Record) -> None:
     """Every seed as a pair of dots, joined."""
+    victims = record.victims
     for i, victim in enumerate(victims):
         for clean, poisoned in zip(victim.clean, victim.poisoned, strict=True):
             axes.plot([i - 0.15, i + 0.15], [clean, poisoned], color="0.8", linewidth=1, zorder=1)
@@ -86,7 +87,8 @@ def _accuracy(axes: Axes, victims: list[VictimScores]) -> None:
     )
     axes.set_xlim(-0.5, len(victims) - 0.5)
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{len(victims[0].seeds)} pairs of victims")
+    under = "" if record.defense == "none" else f" under {record.defense}"
+    axes.set_title(f"{len(victims[0].seeds)} pairs of victims{under}")
     axes.legend(frameon=False, loc="best")
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -61,6 +61,11 @@ class Certificate(Frozen):
     changes: Count
     violations: Count
 
+    @property
+    def promised(self) -> float:
+        """Accuracy certified to stay under as many changes as the poison makes, in percent."""
+        return self.curve[self.changes] if self.changes < len(self.curve) else 0.0
+
 
 class VictimScores(Frozen):
     """Every seed's accuracy on one recipe, in percent, clean and poisoned in pairs.

@@ -158,6 +158,19 @@ def evaluate(
     return _measure(setting, dataset, crafted, folder, command, about, reuse=not fresh)
 
 
+def data_of(source: Path) -> dict[str, Any]:
+    """The track and data of a run, as options of the command line; none for a poison file.
+
+    Raises:
+        UserError: the folder is not that of a finished run.
+    """
+    if not source.is_dir():
+        return {}
+    record = Record.load(source / "record.json")
+    sizes = record.dataset.model_dump()
+    return {"track": record.track, "dataset": sizes.pop("name"), **sizes}
+
+
 def _about(source: Path, poison: PoisonSet, name: str | None) -> dict[str, Any]:
     """Whose poison it is: as the run's record says, unless another name is given."""
     if name is not None or not source.is_dir():

@@ -257,6 +257,11 @@ def test_run_with_json_prints_the_record_alone(command: Run, tmp_path: Path) -> 
     assert code == 0
     assert str(stored.relative_to(tmp_path)) in out
 
+    words = ["evaluate", str(stored.parent), *RECIPE, "--seeds", "2", "--json"]
+    code, out, err = command(*words)
+    assert code == 0, err  # its data are those of the run: no size is given
+    assert Record.model_validate_json(out).victims == record.victims
+
 
 def test_the_table_is_whole_on_80_columns(command: Run) -> None:
     words = ["run", "--attack", "none", *TINY, "--fraction", "0.1", "--seeds", "2"]

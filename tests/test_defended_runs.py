@@ -8,6 +8,7 @@ Claims of `poisonbench.runs` and of the command line tested here:
 - other options or other code of a defence are another folder;
 - what a filter dropped is counted: all of the poison and nothing else for the oracle;
 - a certificate of `dpa` is recorded, and not violated;
+- what is printed names the defence, and says what a filter dropped;
 - a poison file is scored anew where the code of victims is another;
 - what cannot work is refused before anything is written, be the poison crafted or read from a file.
 
@@ -19,9 +20,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from poisonbench import attacks, defenses, runs, setting
+from poisonbench import attacks, defenses, report, runs, setting
 from poisonbench.errors import UserError
 from poisonbench.runs import Request
 
@@ -117,3 +119,18 @@ def test_a_poison_file_is_scored_anew_by_other_victims(
     assert scored() == first
     monkeypatch.setattr("poisonbench.harness.victim_code", lambda: "changed")
     assert scored() != first
+
+
+def test_what_is_printed_names_the_defence_and_what_it_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = runs.run(request("spectral"), tmp_path)
+    report.show(done.record, done.folder)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "label_flip under spectral on digits" in printed
+    found = float(np.mean(done.record.victims[0].filtering.poison))
+    dropped = float(np.mean(done.record.victims[0].filtering.poisoned_run))
+    assert f"smooth: {dropped:.1f} images dropped, among them {found:.1f} of 10 poisoned" in printed
+    bare = runs.run(request(), tmp_path)
+    report.show(bare.record, bare.folder)
+    assert "dropped" not in capsys.readouterr().out

@@ -10,7 +10,8 @@ Claims of `poisonbench.defended` and of the harness tested here, on victims that
 - the victim is that of the epoch that was picked;
 - of two defences one filters what the other preprocessed, in whatever order they are named;
 - places of what is dropped go to others, without replacement, and the rest stays where it was; what
-  leaves nothing is refused;
+  leaves nothing is refused, and a hook that gives something else than it should, by its name; the
+  documented example runs;
 - grouped or not, a seed's victim is the same; a defence that does nothing leaves victims as they are,
   where poison was added too;
 - no defence but the oracle is told which points are poisoned, neither by a word nor by their order, nor
@@ -19,7 +20,9 @@ Claims of `poisonbench.defended` and of the harness tested here, on victims that
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -307,6 +310,58 @@ def test_a_defence_that_does_nothing_changes_nothing() -> None:
         defended.train_and_score(Composed((Weighing(np.zeros(40)),)), seen, keys(0), *test)
     with pytest.raises(UserError, match="negative or not finite"):
         defended.train_and_score(Composed((Weighing(np.full(40, np.nan)),)), seen, keys(0), *test)
+
+
+class Giving(Defense):
+    """A defence with a hook that gives the wrong thing."""
+
+    def __init__(self, hook: str, given: Any) -> None:
+        setattr(self, hook, lambda *_: given)
+
+
+@pytest.mark.parametrize(
+    ("hook", "given", "message"),
+    [
+        ("filter", np.arange(5), r"Giving\.filter gave int64 of shape \(5,\).*there are 40"),
+        ("filter", np.ones((40, 1)), r"gave float64 of shape \(40, 1\)"),
+        ("filter", 1.0, r"gave float64 of shape \(\)"),
+        ("filter", "kept", "give one number for each"),
+        ("filter", -np.ones(40), r"Giving\.filter gave weights that are negative"),
+        (
+            "preprocess",
+            np.zeros((20, 8, 8, 1), np.uint8),
+            r"\(20, 8, 8, 1\), and is to give uint8",
+        ),
+        ("preprocess", np.zeros((40, 8, 8, 1)), "gave float64"),
+        ("augment", jnp.zeros((20, 8, 8, 1)), r"Giving\.augment gave float32 \(20, 8, 8, 1\), and is"),
+        (
+            "augment",
+            (jnp.zeros((10, 8, 8, 1)), jnp.zeros((10, 10))),
+            r"float32 \(10, 8, 8, 1\) and",
+        ),
+    ],
+)
+def test_a_hook_that_gives_something_else_is_named(hook: str, given: Any, message: str) -> None:
+    wrong = Composed((Giving(hook, given),))
+    with pytest.raises(UserError, match=message):
+        defended.train_and_score(wrong, view("none"), keys(0), *split(20, 1, 2))
+
+
+def test_the_documented_filter_drops_the_brightest() -> None:
+    file = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
+    if not file.is_file():
+        pytest.skip("NOT TESTED: CONTRIBUTING.md is part of the checkout only")
+    (source,) = re.findall(r"```python\n(.*?)```", file.read_text("utf-8"), re.DOTALL)
+    module: dict[str, Any] = {"__name__": __name__}
+    exec(source, module)
+    filtering, seen = module["Bright"](2.0), view("none")
+    images = seen.images.copy()
+    images[:8] = 255
+    weights = filtering.filter(replace(seen, images=images, allowed=4), jax.random.key(0))
+    assert np.flatnonzero(weights == 0).tolist() == list(range(8))
+    composed = Composed((filtering,))
+    assert composed.dropped(4) == 8
+    defended.train_and_score(composed, replace(seen, allowed=4), keys(0), *split(20, 1, 2))
 
 
 def test_the_picked_epoch_stays() -> None:

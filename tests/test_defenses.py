@@ -190,6 +190,10 @@ def test_test_images_make_no_difference(name: str) -> None:
 
 @pytest.mark.slow
 def test_it_composes_with_mixup(name: str) -> None:
+    if name == "none":
+        with pytest.raises(UserError, match="none is no defence beside others"):
+            built(name, "mixup")
+        return
     if name == "mixup":
         with pytest.raises(UserError, match="once"):
             built(name, "mixup")
@@ -264,7 +268,7 @@ def test_hyperparameters_are_documented(name: str) -> None:
 
 def test_what_cannot_work_is_refused_beforehand() -> None:
     defenses.build("spectral").require(RECIPE, 40, 4, 20)
-    with pytest.raises(UserError, match="a batch of 10: lower --fraction, or have it drop"):
+    with pytest.raises(UserError, match="spectral leaves less than a batch of 10: lower --fraction"):
         defenses.build("spectral").require(RECIPE, 40, 40, 20)
     with pytest.raises(UserError, match="less than a batch"):
         defenses.build("oracle").require(RECIPE, 40, 40, 20)
@@ -282,6 +286,8 @@ def test_what_cannot_work_is_refused_beforehand() -> None:
     [
         ("spectrl", [], "did you mean spectral"),
         ("mixup,mixup", [], "once"),
+        ("none,mixup", [], "--defense none,mixup: none is no defence beside others"),
+        ("spectral", ["spectral.factor=1e308"], "below 1e9"),
         ("mixup", ["spectral.factor=2"], "--defense does not name spectral"),
         ("mixup", ["alpha=2"], "defence.option=value"),
         ("mixup", ["mixup.alpha"], "defence.option=value"),

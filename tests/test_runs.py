@@ -29,6 +29,7 @@ import pytest
 
 import poisonbench
 from poisonbench import attacks, harness, runs, setting
+from poisonbench.data import DataSpec
 from poisonbench.errors import UserError
 from poisonbench.records import Record
 from poisonbench.runs import Finished, Request
@@ -274,6 +275,14 @@ def test_a_run_s_folder_tells_whose_poison_it_is(finished: Finished, tmp_path: P
         assert getattr(scored.record, field) == getattr(finished.record, field), field
     named = runs.evaluate(finished.folder, request().setting, "theirs", "", tmp_path).record
     assert (named.attack, named.attack_config, named.crafting_seconds) == ("theirs", {}, None)
+
+
+def test_a_run_s_folder_tells_of_what_data_it_is(finished: Finished, tmp_path: Path) -> None:
+    told = runs.data_of(finished.folder)
+    assert told.pop("track") == "digits"
+    assert told.pop("dataset") == finished.record.dataset.name
+    assert DataSpec(name="digits", **told) == finished.record.dataset
+    assert runs.data_of(finished.folder / "poison.safetensors") == {}
 
 
 @pytest.mark.parametrize("first", ["file", "folder"])

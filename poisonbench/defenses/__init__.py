@@ -96,33 +96,42 @@ class Composed(Defense):
             )
         if number - self.dropped(allowed) < recipe.batch_size:
             raise UserError(
-                f"where {allowed} of {number} images may be poisoned, the defence leaves less than a"
-                f" batch of {recipe.batch_size}: lower --fraction, or have it drop fewer"
+                f"where {allowed} of {number} images may be poisoned, {self} leaves less than a batch of"
+                f" {recipe.batch_size}: lower --fraction or --set batch_size=…, or have fewer dropped"
             )
 
     def preprocess(self, view: View, key: PRNGKeyArray) -> UInt8[np.ndarray, "n h w c"]:
         """All of them, in order."""
         images = view.images
-        for i, (defense, own) in enumerate(self._views(view)):
+        for i, (name, defense, own) in enumerate(self._views(view)):
             images = defense.preprocess(replace(own, images=images), _own(key, i))
+            _require_arrays(f"{name}.preprocess", (images,), (view.images,))
         return images
 
     def filter(self, view: View, key: PRNGKeyArray) -> Float[np.ndarray, " n"] | None:
         """The product; each sees all images, so that it does not matter who comes first."""
-        return _product(d.filter(own, _own(key, i)) for i, (d, own) in enumerate(self._views(view)))
+        return _product(
+            _weights(f"{name}.filter", defense.filter(own, _own(key, i)), len(view.labels))
+            for i, (name, defense, own) in enumerate(self._views(view))
+        )
 
     def revise(
         self, view: View, victim: TrainedVictim, epoch: int, weights: Float[np.ndarray, " n"]
     ) -> Float[np.ndarray, " n"] | None:
         """That of the one that does."""
-        return _product(d.revise(own, victim, epoch, weights) for d, own in self._views(view))
+        return _product(
+            _weights(f"{name}.revise", defense.revise(own, victim, epoch, weights), len(view.labels))
+            for name, defense, own in self._views(view)
+        )
 
     def augment(
         self, images: Array, targets: Array, key: PRNGKeyArray, loss: Loss
     ) -> tuple[Array, Array]:
         """All of them, in order."""
-        for i, defense in enumerate(self.defenses):
-            images, targets = defense.augment(images, targets, _own(key, i), loss)
+        for i, (name, defense) in enumerate(self._named()):
+            batch = defense.augment(images, targets, _own(key, i), loss)
+            _require_arrays(f"{name}.augment", batch, (images, targets))
+            images, targets = batch
         return images, targets
 
     def aggregate(self, gradients: Any, key: PRNGKeyArray) -> Any:
@@ -151,6 +160,9 @@ class Composed(Defense):
                 return defense.train(replace(view, guard=Composed(others) if others else None), key)
         return None
 
+    def __str__(self) -> str:
+        return " and ".join(name for name, _ in self._named())
+
     def _named(self) -> list[tuple[str, Defense]]:
         names = self.names or tuple(type(defense).__name__ for defense in self.defenses)
         return list(zip(names, self.defenses, strict=True))
@@ -163,11 +175,11 @@ class Composed(Defense):
         """How a user sets this hyperparameter."""
         return " and ".join(f"--defense-set {name}.{option}=…" for name, _ in self._with(option))
 
-    def _views(self, view: View) -> list[tuple[Defense, View]]:
+    def _views(self, view: View) -> list[tuple[str, Defense, View]]:
         """What each of them sees: its own trusted images, and the poison if it is the oracle."""
-        pairs: list[tuple[Defense, View]] = []
+        several: list[tuple[str, Defense, View]] = []
         first = 0
-        for defense in self.defenses:
+        for name, defense in self._named():
             own = slice(first, first + defense.trusted)
             first += defense.trusted
             mine = replace(
@@ -176,8 +188,45 @@ class Composed(Defense):
                 trusted_labels=view.trusted_labels[own],
                 poisoned=view.poisoned if defense.sees_poison else None,
             )
-            pairs.append((defense, mine))
-        return pairs
+            several.append((name, defense, mine))
+        return several
+
+
+def _weights(whose: str, given: Any, number: int) -> Float[np.ndarray, " n"] | None:
+    """What a hook gave, if it is one weight for each image.
+
+    Raises:
+        UserError: it is something else; it says whose.
+    """
+    if given is None:
+        return None
+    weights = np.asarray(given)
+    if weights.shape != (number,) or weights.dtype.kind not in "biuf":
+        raise UserError(
+            f"{whose} gave {weights.dtype} of shape {weights.shape}, and there are {number} training"
+            " images: give one number for each, 0 to drop it and 1 to keep it"
+        )
+    weights = weights.astype(float)
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise UserError(f"{whose} gave weights that are negative or not finite: correct its code")
+    return weights
+
+
+def _require_arrays(whose: str, given: Any, wanted: tuple[Any, ...]) -> None:
+    """Refuse anything but arrays like these.
+
+    Raises:
+        UserError: saying whose they are.
+    """
+
+    def kinds(several: Any) -> list[str]:
+        return [f"{getattr(x, 'dtype', type(x).__name__)} {getattr(x, 'shape', '')}" for x in several]
+
+    several = given if isinstance(given, tuple) else (given,)
+    if kinds(several) != kinds(wanted):
+        raise UserError(
+            f"{whose} gave {' and '.join(kinds(several))}, and is to give {' and '.join(kinds(wanted))}"
+        )
 
 
 def _product(several: Iterable[np.ndarray | None]) -> np.ndarray | None:
@@ -200,21 +249,24 @@ def load(name: str) -> type[Defense]:
     return loaded
 
 
-def build(text: str, options: Sequence[str] = ()) -> Composed:
+def build(text: str, options: Sequence[str] = (), *, typed_as: str = "--defense") -> Composed:
     """The defences that a user named, with the hyperparameters that they typed.
 
     Args:
         text: names, with a comma between them.
         options: such as `spectral.factor=2`.
+        typed_as: which option they were given to, to say in an error.
 
     Raises:
         UserError: no such defence or hyperparameter, a name given twice, a wrong value, or defences that
             cannot be combined.
     """
     wanted = [name.strip() for name in text.split(",")]
+    if "none" in wanted and len(wanted) > 1:
+        raise UserError(f"{typed_as} {text}: none is no defence beside others: leave it out")
     given: dict[str, list[tuple[str, str]]] = {name: [] for name in wanted}
     if len(given) < len(wanted):
-        raise UserError(f"--defense {text}: name each defence once")
+        raise UserError(f"{typed_as} {text}: name each defence once")
     for option in options:
         where, equals, value = option.partition("=")
         name, dot, field_name = where.rpartition(".")
@@ -241,8 +293,10 @@ def in_steps(text: str) -> Composed:
     Raises:
         UserError: no such defence, or one that acts elsewhere.
     """
-    built = build(text)
+    built = build(text, typed_as="--against")
     for name, defense in zip(built.names, built.defenses, strict=True):
+        if name == "none":
+            raise UserError("--against none: there is nothing to know about no defence: leave it out")
         if hook := _elsewhere(defense):
             raise UserError(
                 f"no attack is made against {name}: it acts by `{hook}`, not in the victim's steps"
