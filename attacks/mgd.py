@@ -132,7 +132,7 @@ class MGD(Ascent):
         """The images through which the victim is hurt most, and the labels that do it."""
         labels, rows = task.train_labels, np.arange(len(task.train_labels))
         everything = replace(task, budget=task.budget.model_copy(update={"mode": "replace"}))
-        problem = Problem.of(everything, rows, labels, self.goal, self.guard())
+        problem = self.problem(everything, rows, labels)
         pixels = jnp.asarray(task.train_images, jnp.float32) / 255
         bounded = task.budget.labels == "fixed" and not isinstance(task.budget.pixels, Box)
         if bounded or self.start == "pixels":

@@ -97,6 +97,9 @@ class Ascent(Attack):
         update: `adam`, or the `sign` of the gradient's running mean.
         momentum: share of the running mean that each metastep keeps.
         goal: loss to climb: `cross_entropy`, or the expected `error`, which saturates.
+        temperature: the victims' logits are divided by it before that. Where they are unsure, much of
+            either loss at 1 is of answers that stay as they are; the lower, the more only those count
+            that a little more would change.
         check_every: metasteps between checks on held-out seeds.
         check_seeds: victims trained for a check.
         start: which images: `random` draws them, with their own labels; `flips` takes the best
@@ -112,6 +115,7 @@ class Ascent(Attack):
     update: Literal["adam", "sign"] = "adam"
     momentum: float = 0.8
     goal: Goal = "cross_entropy"
+    temperature: float = 1.0
     check_every: int = 10
     check_seeds: int = 5
     start: str = "random"
@@ -123,7 +127,7 @@ class Ascent(Attack):
         if self.steps < 0:
             raise UserError("--steps must not be negative")
         require_at_least_one(self, "check_every", "check_seeds", "start_seeds", "candidates")
-        require_positive(self, "step_size")
+        require_positive(self, "step_size", "temperature")
         if not 0 <= self.momentum < 1:
             raise UserError("--momentum must lie in [0, 1)")
         self.guard()  # so that a wrong name is refused at once
@@ -135,6 +139,10 @@ class Ascent(Attack):
             UserError: there is no such defence, or it acts elsewhere than in the victim's steps.
         """
         return in_steps(self.against) if self.against else None
+
+    def problem(self, task: Task, indices: np.ndarray, labels: np.ndarray) -> Problem:
+        """What is climbed with these images poisoned, under these labels."""
+        return Problem.of(task, indices, labels, self.goal, self.guard(), self.temperature)
 
     def require(self, budget: Budget) -> None:
         """Flips as a start need a budget that can have them."""
@@ -189,7 +197,7 @@ class Ascent(Attack):
         else:
             climb = self._start(task, start_key, journal)
             journal.save(climb.arrays(), {"metastep": 0})
-        problem = Problem.of(task, climb.indices, climb.labels, self.goal, self.guard())
+        problem = self.problem(task, climb.indices, climb.labels)
         with journal.progress(f"crafting {_name(self)}", self.steps, climb.done) as bar:
             climb = self._checked_if_due(problem, climb, check_key, journal)
             while climb.done < self.steps:

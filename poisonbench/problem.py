@@ -38,12 +38,17 @@ class Problem:
 
     @staticmethod
     def of(
-        task: Task, indices: np.ndarray, labels: np.ndarray, goal: Goal, guard: Guard | None = None
+        task: Task,
+        indices: np.ndarray,
+        labels: np.ndarray,
+        goal: Goal,
+        guard: Guard | None = None,
+        temperature: float = 1.0,
     ) -> Problem:
         """The problem with these images poisoned, under these labels."""
         clean = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
         images, truth = jnp.asarray(task.val_images), jnp.asarray(task.val_labels)
-        loss = ValidationLoss(task.recipe, task.num_classes, goal, images, truth)
+        loss = ValidationLoss(task.recipe, task.num_classes, goal, images, truth, temperature)
         low, high = (jnp.asarray(bound, jnp.float32) / 255 for bound in task.bounds(indices))
         data = clean.with_poison(indices, labels, add=task.budget.mode == "add")
         return Problem(task.recipe, data, loss, low, high, guard)

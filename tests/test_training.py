@@ -16,6 +16,7 @@ here:
 - augmentation gives the same images for the same key, of the same shape, each a mirrored or shifted
   one, and differentiates as the linear map that it is; every step of a run draws its own, and nothing
   else in the step draws from the same keys;
+- the error of cold logits is the share of wrong answers, and cross-entropy divides them as well;
 - the derivative of the loss of many images is that of its parts, and keeps hardly more than one part's.
 """
 
@@ -327,6 +328,25 @@ def test_augmentation_and_a_defence_draw_from_keys_of_their_own(
     _update(run, alone, augment(RECIPE, images, key), targets, None, key)
     assert len(seen) == 4  # mirrors, shifts, the defence's augmentation and its aggregation
     assert len(set(seen)) == 4
+
+
+def test_the_colder_the_logits_the_closer_the_error_to_the_share_of_wrong_answers(
+    digits: Digits,
+) -> None:
+    data = TrainingSet.clean(digits.images, digits.labels, 10)
+    _, state = TrainingRun.start(RECIPE, data, keys(0))
+    images, labels = jnp.asarray(digits.test_images), jnp.asarray(digits.test_labels)
+    said = logits(RECIPE, 10, jax.tree.map(lambda x: x[0], state), images / 255)
+    wrong = float((said.argmax(-1) != labels).mean())
+
+    def loss(goal: evaluation.Goal, temperature: float) -> float:
+        return float(ValidationLoss(RECIPE, 10, goal, images, labels, temperature)(state))
+
+    far, near = (abs(loss("error", temperature) - wrong) for temperature in (1.0, 1e-5))
+    assert near < 0.01
+    assert near < far / 3
+    expected = -jnp.take_along_axis(jax.nn.log_softmax(said / 0.5), labels[:, None], axis=1).mean()
+    np.testing.assert_allclose(loss("cross_entropy", 0.5), expected, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ class ValidationLoss:
             saturates where an answer is already wrong.
         images: `[m, height, width, channels]`, uint8.
         labels: `[m]`, int32.
+        temperature: logits are divided by it; the lower, the closer `error` comes to the share of
+            wrong answers.
     """
 
     recipe: Recipe = field(metadata={"static": True})
@@ -39,6 +41,7 @@ class ValidationLoss:
     goal: Goal = field(metadata={"static": True})
     images: Array
     labels: Array
+    temperature: float = field(default=1.0, metadata={"static": True})
 
     def __call__(self, state: TrainState) -> Float[Array, ""]:
         """Mean over the victims and images."""
@@ -49,6 +52,7 @@ class ValidationLoss:
 
         def one_seed(state: TrainState) -> Array:
             said = _chunked_logits(self.recipe, self.num_classes, state, self.images)
+            said /= self.temperature
             if self.goal == "error":
                 right = jnp.take_along_axis(jax.nn.softmax(said), self.labels[:, None], axis=1)
                 return 1 - right.mean()
