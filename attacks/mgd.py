@@ -56,12 +56,12 @@ from poisonbench.arrays import highest
 from poisonbench.ascent import Ascent
 from poisonbench.attacks import Task, require_at_least_one
 from poisonbench.errors import UserError
-from poisonbench.flips import Flips, placed
+from poisonbench.flips import Flips, placed, require_flips
 from poisonbench.journal import Journal
 from poisonbench.metagradient import Later, NonFiniteError, OtherRunError, metagradient
 from poisonbench.metagradient.planning import in_bytes
 from poisonbench.problem import Problem
-from poisonbench.threat import Box, PoisonSet
+from poisonbench.threat import Box, Budget, PoisonSet
 from poisonbench.victim.evaluation import train_some
 from poisonbench.victim.training import Poison, TrainingRun, TrainState
 
@@ -82,15 +82,16 @@ class MGD(Ascent):
         start: `influence` takes the wrong pairs of image and label that metagradients rank highest;
             `pixels` the images that they rank highest, with their own labels, and so does `influence`
             where labels are fixed within a radius; `flips` the best concentrated flips, or copies of
-            them where labels are fixed; `random` draws images.
-        start_seeds: runs whose metagradients rank images; for `flips`, victims trained for each pair of
-            classes.
+            them where labels are fixed; `pair` takes their two classes, and of the first the images that
+            metagradients rank highest under the label of the other; `random` draws images.
+        start_seeds: runs whose metagradients rank images; for `flips` and `pair`, victims trained for
+            each pair of classes.
     """
 
     runs_per_step: int = 1
     differentiated: float = 1.0
     memory: str = "2GiB"
-    start: Literal["influence", "pixels", "random", "flips"] = "influence"
+    start: Literal["influence", "pixels", "pair", "flips", "random"] = "influence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +104,27 @@ class MGD(Ascent):
         """The images that the start names, and the labels that they get."""
         if self.start in ("influence", "pixels"):
             return self._most_influential(task, jax.random.split(key, self.start_seeds), journal)
+        if self.start == "pair":
+            search, rank = jax.random.split(key)
+            pair = self._pair(task, search, journal)
+            return self._most_influential(task, jax.random.split(rank, self.start_seeds), journal, pair)
         return super().started(task, key, journal)
+
+    def require(self, budget: Budget) -> None:
+        """Flips as a start need a budget that can have them."""
+        super().require(budget)
+        if self.start == "pair":
+            require_flips(budget, "mgd --start pair")
+
+    def _pair(self, task: Task, key: PRNGKeyArray, journal: Journal) -> tuple[int, int]:
+        """The classes of the best concentrated flips: whose images, and whose label."""
+        kept = journal.restore() or {}
+        if "pair" not in kept:
+            flips = self.concentrated(task, key, journal)
+            kept = {"pair": np.array([task.train_labels[flips.indices[0]], flips.labels[0]])}
+            journal.save(kept)
+        source, target = kept["pair"].tolist()
+        return source, target
 
     def gradient(
         self,
@@ -128,8 +149,21 @@ class MGD(Ascent):
             gradient += one_gradient / self.runs_per_step
         return value, gradient
 
-    def _most_influential(self, task: Task, keys: Key[Array, " seeds"], journal: Journal) -> PoisonSet:
-        """The images through which the victim is hurt most, and the labels that do it."""
+    def _most_influential(
+        self,
+        task: Task,
+        keys: Key[Array, " seeds"],
+        journal: Journal,
+        pair: tuple[int, int] | None = None,
+    ) -> PoisonSet:
+        """The images through which the victim is hurt most, and the labels that do it.
+
+        Args:
+            task: what the attacker knows.
+            keys: of the runs that rank.
+            journal: shows progress, and keeps what was ranked.
+            pair: the class whose images alone may be taken, and the label that they get; None for all.
+        """
         labels, rows = task.train_labels, np.arange(len(task.train_labels))
         everything = replace(task, budget=task.budget.model_copy(update={"mode": "replace"}))
         problem = self.problem(everything, rows, labels)
@@ -143,6 +177,9 @@ class MGD(Ascent):
         gains = np.array(self._summed(problem, targets, pixels, keys, journal))
         own = gains[rows, labels]
         gains[rows, labels] = -np.inf
+        if pair is not None:
+            elsewhere = (labels[:, None] != pair[0]) | (np.arange(task.num_classes) != pair[1])
+            gains[elsewhere] = -np.inf
         room = np.bincount(labels, minlength=task.num_classes)
         if task.budget.labels == "free":
             room = np.full(task.num_classes, np.inf)
@@ -161,7 +198,7 @@ class MGD(Ascent):
         journal: Journal,
     ) -> Array:
         """The metagradient summed over runs: by pixels or, where `pixels` are given, by targets."""
-        kept = journal.restore() or {"summed": np.zeros(z.shape, np.float32), "runs": np.array(0)}
+        kept = {"summed": np.zeros(z.shape, np.float32), "runs": np.array(0)} | (journal.restore() or {})
         total, done = jnp.asarray(kept["summed"]), int(kept["runs"])
         with journal.progress("ranking images", len(keys), done) as bar:
             for i in range(done, len(keys)):
@@ -170,7 +207,7 @@ class MGD(Ascent):
                 total += self._metagradient(
                     problem, step, state, run.num_steps, z, "in the ranking", journal.aside("ranking")
                 )[1]
-                journal.save({"summed": np.asarray(total), "runs": np.array(i + 1)})
+                journal.save(kept | {"summed": np.asarray(total), "runs": np.array(i + 1)})
                 bar.advance()
         return total
 

@@ -29,7 +29,7 @@ from poisonbench.arrays import to_pixels
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
 from poisonbench.defenses import in_steps
 from poisonbench.errors import UserError
-from poisonbench.flips import best_concentrated_flips, placed, require_flips
+from poisonbench.flips import Flips, best_concentrated_flips, placed, require_flips
 from poisonbench.journal import Journal, pack, unpack
 from poisonbench.problem import Problem, require_finite
 from poisonbench.threat import Budget, PoisonSet
@@ -152,13 +152,16 @@ class Ascent(Attack):
     def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """The poison that the ascent starts from."""
         if self.start == "flips":
-            flips = best_concentrated_flips(
-                task, key, journal, candidates=self.candidates, seeds=self.start_seeds,
-                guard=self.guard(),
-            )  # fmt: skip
+            flips = self.concentrated(task, key, journal)
             return placed(task, flips, jax.random.fold_in(key, 2))
         indices = task.random_indices(key)
         return task.poison(indices, task.train_images[indices], task.train_labels[indices])
+
+    def concentrated(self, task: Task, key: PRNGKeyArray, journal: Journal) -> Flips:
+        """The best concentrated flips, found by victims that train as those attacked do."""
+        return best_concentrated_flips(
+            task, key, journal, candidates=self.candidates, seeds=self.start_seeds, guard=self.guard()
+        )
 
     @abstractmethod
     def gradient(

@@ -109,6 +109,7 @@ def test_an_adaptive_attack_goes_through_the_defence(task: Task, against: str) -
         pytest.param("mgd", "random", marks=pytest.mark.slow),
         ("mgd", "influence"),
         ("mgd", "flips"),
+        pytest.param("mgd", "pair", marks=pytest.mark.slow),
         ("es", "random"),
     ],
 )

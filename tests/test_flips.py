@@ -12,6 +12,8 @@ Claims of `poisonbench.flips`, and of the start of `mgd`, tested here:
   `mgd` where no wrong pair can be;
 - the pairs that gain most are taken, an image once, a class as often as it has room; what the right pair
   is worth counts where it is taken away, and under fixed labels those worth least give their places;
+- `mgd --start pair` takes the images of one class that gain most under the label of the other, and does
+  not search for the classes again where it was killed after that;
 - the search for the best concentrated flips takes those that do most harm, also where it was killed in
   between, on victims under the defence that it is told of, and passes over classes without validation
   images.
@@ -26,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import PRNGKeyArray
 
 from poisonbench import attacks
 from poisonbench.attacks import Task, mgd
@@ -134,6 +138,46 @@ def test_influence_ranks_by_what_a_pair_gains(monkeypatch: pytest.MonkeyPatch) -
     fixed = start()
     assert pairs(fixed.images, fixed.labels) == pairs(IMAGES[[4, 8, 12, 16]], np.ones(4, int))
     assert fixed.indices.tolist() == [1, 5, 9, 13]
+
+
+def test_a_pair_s_images_are_ranked_by_what_they_gain_under_its_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gains = np.zeros((40, 4), np.float32)
+    gains[:, 3] = 9  # of another label: no candidates
+    zeros = np.flatnonzero(LABELS == 0)
+    gains[zeros, 1] = np.arange(len(zeros))
+    gains[zeros[-1], 0] = 7  # the last has its right pair to lose
+    searches: list[int] = []
+
+    def search(self: mgd.MGD, task: Task, key: PRNGKeyArray, journal: Journal) -> Flips:
+        searches.append(1)
+        return Flips(zeros[:4], np.ones(4, np.int32))
+
+    def summed(*arguments: Any) -> jax.Array:
+        if len(searches) == killed:
+            raise KeyboardInterrupt
+        return jnp.asarray(gains)
+
+    monkeypatch.setattr(mgd.MGD, "concentrated", search)
+    monkeypatch.setattr(mgd.MGD, "_summed", summed)
+    killed, attack = 0, mgd.MGD(start="pair", start_seeds=1)
+    free = attack.started(task(labels="free"), KEY, Journal())
+    assert free.indices.tolist() == zeros[-5:-1].tolist()
+    assert (free.labels == 1).all()
+    fixed = attack.started(task(), KEY, Journal())
+    assert pairs(fixed.images, fixed.labels) == pairs(IMAGES[zeros[-4:]], np.ones(4, int))
+    with pytest.raises(UserError, match=r"mgd --start pair needs wrong labels"):
+        attack.require(Budget(fraction=0.1, pixels=LInf(radius=8)))
+
+    # Killed in the ranking, it does not search again.
+    killed = 3
+    with pytest.raises(KeyboardInterrupt):
+        attack.started(task(labels="free"), KEY, Journal(tmp_path))
+    killed = 0
+    again = attack.started(task(labels="free"), KEY, Journal(tmp_path))
+    assert again.indices.tolist() == free.indices.tolist()
+    assert len(searches) == 3
 
 
 def test_pairs_without_room_are_no_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
