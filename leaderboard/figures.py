@@ -131,8 +131,9 @@ def _curve(row: Row, results: Path) -> list[list[float]] | None:
     Raises:
         UserError: the log beside the record cannot be read.
     """
-    path = results / row.folder / "crafting.csv"
-    if not path.is_file() or not row.trainings or row.record.attack_config.get("goal") == "error":
+    path, config = results / row.folder / "crafting.csv", row.record.attack_config
+    other_goal = config.get("goal") == "error" or config.get("temperature", 1) != 1
+    if not path.is_file() or not row.trainings or other_goal:
         return None
     try:
         log = pd.read_csv(path)

@@ -240,16 +240,16 @@ class Ascent(Attack):
     def _checked_if_due(
         self, problem: Problem, climb: _Climb, key: PRNGKeyArray, journal: Journal
     ) -> _Climb:
-        """Hold the poison, as it would be stored, against the best, and log its held-out loss."""
+        """Hold the poison, as it would be stored, against the best, and log how victims do on it."""
         due = climb.done % self.check_every == 0 or climb.done == self.steps
         if not due or climb.checked == climb.done:
             return climb
         images = to_pixels(climb.z)
-        value = problem.harm(images, jax.random.split(key, self.check_seeds))
+        value, wrong = problem.judged(images, jax.random.split(key, self.check_seeds))
         climb = replace(climb, checked=climb.done)
         if value > climb.best_value:
             climb = replace(climb, best=images, best_value=value)
-        journal.rows[-1]["held_out_loss"] = value
+        journal.rows[-1] |= {"held_out_loss": value, "held_out_error": wrong}
         journal.save(climb.arrays())
         return climb
 

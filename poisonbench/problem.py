@@ -59,9 +59,16 @@ class Problem:
 
     def harm(self, images: UInt8[np.ndarray, "p h w c"], keys: Key[Array, " seeds"]) -> float:
         """The mean loss of a victim for each key, trained on a poison as it would be stored."""
+        return self.judged(images, keys)[0]
+
+    def judged(
+        self, images: UInt8[np.ndarray, "p h w c"], keys: Key[Array, " seeds"]
+    ) -> tuple[float, float]:
+        """The same mean loss, and the share of validation images that these victims get wrong."""
         run, state = self.start(keys)
         state = train(run, state, jnp.asarray(images, jnp.float32) / 255)
-        return float(_evaluate(self.loss, state))
+        loss, wrong = _judge(self.loss, state)
+        return float(loss), float(wrong)
 
 
 def clean_victim(task: Task, key: PRNGKeyArray, layers: Layers = "all") -> TrainedVictim:
@@ -87,4 +94,4 @@ def require_finite(best: float) -> None:
         )
 
 
-_evaluate = jax.jit(lambda loss, state: loss(state))
+_judge = jax.jit(lambda loss, state: (loss(state), loss.wrong(state)))

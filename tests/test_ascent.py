@@ -41,6 +41,7 @@ KEY = jax.random.key(0)
 RECIPE = DIGITS.recipes["smooth"].replace(network="cnn", width=2, batch_size=10)
 TASK = Task.of(tiny(), Budget(fraction=0.1), RECIPE)
 TARGET = 0.5
+WRONG = 0.25
 SHAPE = (TASK.num_poison, 8, 8, 1)
 
 
@@ -73,7 +74,7 @@ class Checks:
     def __init__(self, values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
         self.values = values
         self.seen: list[np.ndarray] = []
-        monkeypatch.setattr(Problem, "harm", lambda _, images, keys: self.harm(images))
+        monkeypatch.setattr(Problem, "judged", lambda _, images, keys: (self.harm(images), WRONG))
 
     def harm(self, images: np.ndarray) -> float:
         self.seen.append(images)
@@ -92,6 +93,7 @@ def test_the_best_of_the_checks_is_handed_in(best: int, monkeypatch: pytest.Monk
     logged = {row["metastep"]: row["held_out_loss"] for row in journal.rows if "held_out_loss" in row}
     assert logged == dict(zip((0, 2, 4, 5), values, strict=True))
     assert [row["metastep"] for row in journal.rows] == list(range(6))
+    assert all(row["held_out_error"] == WRONG for row in journal.rows if "held_out_loss" in row)
 
 
 @pytest.mark.parametrize("update", ["adam", "sign"])

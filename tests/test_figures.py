@@ -74,6 +74,14 @@ def test_what_makes_a_curve(results: Path) -> None:
         found(results)
 
 
+@pytest.mark.parametrize("config", [{"goal": "error"}, {"temperature": 0.5}])
+def test_losses_of_other_kinds_are_in_no_curve(config: dict[str, Any], tmp_path: Path) -> None:
+    several = [make("mgd", 12.0, attack_config=config), make("es", 3.0)]
+    (put(tmp_path, *several) / "digits/mgd/none/run-0/crafting.csv").write_text(LOG)
+    (numbers,) = [picture.numbers for picture in found(tmp_path).values()]
+    assert numbers["curves"] == []
+
+
 def test_no_figure_of_one_attack_or_of_custom_records(tmp_path: Path) -> None:
     put(tmp_path, make("mgd", 12.0), make("none", 0.0, 0.0, crafting_seconds=0.0))
     put(tmp_path, make("mgd", custom=["seeds"]), make("es", custom=["seeds"]))

@@ -230,7 +230,7 @@ def test_a_search_knows_the_defence_and_the_classes_there_are(monkeypatch: pytes
     for module in ("flips", "problem"):
         monkeypatch.setattr(f"poisonbench.{module}.train", lambda run, state, z: state)
     monkeypatch.setattr("poisonbench.flips.logits", said)
-    monkeypatch.setattr("poisonbench.problem._evaluate", lambda loss, state: 0.5)
+    monkeypatch.setattr("poisonbench.problem._judge", lambda loss, state: (0.5, 0.5))
     rare = replace(task(labels="free"), val_images=IMAGES[LABELS != 3], val_labels=LABELS[LABELS != 3])
     mixup = in_steps("mixup")
     found = best_concentrated_flips(rare, KEY, Journal(), candidates=9, seeds=1, guard=mixup)

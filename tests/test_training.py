@@ -344,6 +344,8 @@ def test_the_colder_the_logits_the_closer_the_error_to_the_share_of_wrong_answer
 
     far, near = (abs(loss("error", temperature) - wrong) for temperature in (1.0, 1e-5))
     assert near < 0.01
+    cold = ValidationLoss(RECIPE, 10, "error", images, labels, 1e-5)
+    assert float(cold.wrong(state)) == pytest.approx(wrong)
     assert near < far / 3
     expected = -jnp.take_along_axis(jax.nn.log_softmax(said / 0.5), labels[:, None], axis=1).mean()
     np.testing.assert_allclose(loss("cross_entropy", 0.5), expected, rtol=1e-5)

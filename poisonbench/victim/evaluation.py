@@ -51,14 +51,20 @@ class ValidationLoss:
         """Mean over the images, for each victim."""
 
         def one_seed(state: TrainState) -> Array:
-            said = _chunked_logits(self.recipe, self.num_classes, state, self.images)
-            said /= self.temperature
+            said = self._logits(state) / self.temperature
             if self.goal == "error":
                 right = jnp.take_along_axis(jax.nn.softmax(said), self.labels[:, None], axis=1)
                 return 1 - right.mean()
             return optax.softmax_cross_entropy_with_integer_labels(said, self.labels).mean()
 
         return jax.vmap(one_seed)(state)
+
+    def wrong(self, state: TrainState) -> Float[Array, ""]:
+        """The share of images that the victims get wrong, on average; it has no derivative."""
+        return jax.vmap(lambda s: (self._logits(s).argmax(-1) != self.labels).mean())(state).mean()
+
+    def _logits(self, state: TrainState) -> Float[Array, "m classes"]:
+        return _chunked_logits(self.recipe, self.num_classes, state, self.images)
 
 
 def train_and_score(
