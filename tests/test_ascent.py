@@ -220,3 +220,11 @@ def test_what_another_run_left_is_not_gone_on_from(
 def test_a_memory_that_is_no_size_is_refused() -> None:
     with pytest.raises(UserError, match="as a size"):
         mgd.MGD(memory="plenty")
+
+
+def test_what_is_climbed_is_what_was_asked_for() -> None:
+    attack, rows = Towards(goal="error", temperature=0.5), np.arange(TASK.num_poison)
+    loss = attack.problem(TASK, rows, TASK.train_labels[rows]).loss
+    assert (loss.goal, loss.temperature) == ("error", 0.5)
+    with pytest.raises(UserError, match="temperature"):
+        Towards(temperature=0.0)
