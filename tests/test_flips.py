@@ -13,7 +13,7 @@ Claims of `poisonbench.flips`, and of the start of `mgd`, tested here:
 - the pairs that gain most are taken, an image once, a class as often as it has room; what the right pair
   is worth counts where it is taken away, and under fixed labels those worth least give their places;
 - `mgd --start pair` takes the images of one class that gain most under the label of the other, and does
-  not search for the classes again where it was killed after that;
+  not search for the classes again where it was killed after that, nor lose a run of the ranking;
 - the search for the best concentrated flips takes those that do most harm, also where it was killed in
   between, on victims under the defence that it is told of, and passes over classes without validation
   images.
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from poisonbench import attacks
 from poisonbench.attacks import Task, mgd
@@ -251,3 +251,33 @@ def test_pixels_that_matter_most_start_under_their_own_labels(monkeypatch: pytes
         np.testing.assert_array_equal(start.labels, LABELS[start.indices])
     within = mgd.MGD().started(task(pixels=LInf(radius=8)), KEY, Journal())
     assert within.hash == start.hash
+
+
+def test_killed_between_two_runs_of_the_ranking_it_goes_on_from_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros, done = np.flatnonzero(LABELS == 0), list[str]()
+
+    def search(*_: Any) -> Flips:
+        done.append("search")
+        return Flips(zeros[:4], np.ones(4, np.int32))
+
+    def ranked(*_: Any) -> tuple[Array, Array]:
+        if len(done) == killed:
+            raise KeyboardInterrupt
+        done.append("run")
+        gains = np.zeros((40, 4), np.float32)
+        gains[zeros[4 * len(done) - 8 :][:2], 1] = 1  # the first two, then the fifth and the sixth
+        return jnp.zeros(()), jnp.asarray(gains)
+
+    monkeypatch.setattr(mgd.MGD, "concentrated", search)
+    monkeypatch.setattr(mgd.MGD, "_metagradient", ranked)
+    killed, attack = 2, mgd.MGD(start="pair", start_seeds=2)
+    free = task(labels="free")
+    free = replace(free, recipe=free.recipe.replace(width=2, batch_size=20))
+    with pytest.raises(KeyboardInterrupt):
+        attack.started(free, KEY, Journal(tmp_path))
+    killed = 0
+    resumed = attack.started(free, KEY, Journal(tmp_path))
+    assert done == ["search", "run", "run"]
+    assert resumed.indices.tolist() == zeros[[0, 1, 4, 5]].tolist()
