@@ -96,6 +96,7 @@ def held_out_losses(**options: str) -> list[float]:
     return [row["held_out_loss"] for row in journal.rows if "held_out_loss" in row]
 
 
+@pytest.mark.slow
 def test_mgd_climbs() -> None:
     held_out = held_out_losses(start="random", steps="8", step_size="0.2", check_every="4")
     assert held_out[0] < 2, "untrained victims are at log(10) = 2.3, and would prove nothing"

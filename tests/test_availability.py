@@ -126,6 +126,7 @@ def test_killed_after_its_last_turn_it_ends_where_it_would_have(tmp_path: Path) 
     assert attack.craft(problem(), KEY, Journal(tmp_path)).hash == whole.hash
 
 
+@pytest.mark.slow
 def test_targeted_images_are_mistaken() -> None:
     task = problem()
     poison, journal = crafted("tap")

@@ -107,7 +107,7 @@ def test_an_adaptive_attack_goes_through_the_defence(task: Task, against: str) -
     ("name", "start"),
     [
         pytest.param("mgd", "random", marks=pytest.mark.slow),
-        ("mgd", "influence"),
+        pytest.param("mgd", "influence", marks=pytest.mark.slow),
         ("mgd", "flips"),
         pytest.param("mgd", "pair", marks=pytest.mark.slow),
         ("es", "random"),
@@ -250,6 +250,7 @@ def test_a_given_distance_is_the_only_radius(
         gradcancel.GradCancel(distance=0.0)
 
 
+@pytest.mark.slow
 def test_too_few_poisons_cannot_cancel(task: Task) -> None:
     attack = gradcancel.GradCancel(layers="last", steps=200, step_size=0.1)
     clean = clean_victim(task, KEY, attack.layers)

@@ -41,6 +41,7 @@ def request(
     return Request(chosen, attack, attacks.build(attack, []), 0, "poisonbench run")
 
 
+@pytest.mark.slow
 def test_one_poison_and_a_folder_for_each_defence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +75,7 @@ def test_one_poison_and_a_folder_for_each_defence(
     assert list(runs.publish(bare.folder, tmp_path / "results").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_a_certificate_is_recorded_and_holds(tmp_path: Path) -> None:
     record = runs.run(request("dpa", "dpa.k=3", fraction=0.01), tmp_path).record
     for victim in record.victims:

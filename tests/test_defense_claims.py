@@ -81,7 +81,9 @@ def test_the_controls() -> None:
     assert len(np.intersect1d(drawn, WRONG)) < len(WRONG) / 2
 
 
-@pytest.mark.parametrize("name", ["spectral", "deep_knn", "loss_trim"])
+@pytest.mark.parametrize(
+    "name", ["spectral", "deep_knn", pytest.param("loss_trim", marks=pytest.mark.slow)]
+)
 def test_filters_find_wrong_labels(name: str) -> None:
     found = dropped(name)
     assert 0 < len(found) < 100

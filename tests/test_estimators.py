@@ -108,7 +108,9 @@ def test_signs_make_every_pair_weigh_the_same() -> None:
 
 
 @pytest.mark.parametrize("objective", ["final", "mean"])
-@pytest.mark.parametrize("optimizer", [LearnedRate(), LearnedMomentum()])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(LearnedRate(), marks=pytest.mark.slow), LearnedMomentum()]
+)
 def test_exact_is_reverse_mode_through_a_scan(objective: str, optimizer: Any) -> None:
     of = problem(objective, optimizer, spread=0.7)
     weights, num_steps = optimizer.init(jax.random.key(5)), 9

@@ -190,7 +190,9 @@ def test_gradient_is_that_of_the_run(problem: Callable[[], Problem]) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("problem", [momentum, pytest.param(adam, marks=pytest.mark.slow), batch_norm])
+@pytest.mark.parametrize(
+    "problem", [momentum, *(pytest.param(other, marks=pytest.mark.slow) for other in (adam, batch_norm))]
+)
 def test_schedules_agree(problem: Callable[[], Problem], tmp_path: Path) -> None:
     run = problem()
     everything_kept = run.metagradient(schedule="store_all")

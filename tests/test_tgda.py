@@ -89,7 +89,8 @@ def _double(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(wide) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-@pytest.mark.parametrize("mode", ["replace", pytest.param("add", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["replace", "add"])
 def test_the_game_that_is_played(mode: str, x64: None) -> None:
     game, theta = _game(mode)
     everything, held_out = jnp.arange(len(game.labels)), jnp.arange(len(game.truth))

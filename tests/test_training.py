@@ -330,6 +330,7 @@ def test_augmentation_and_a_defence_draw_from_keys_of_their_own(
     assert len(set(seen)) == 4
 
 
+@pytest.mark.slow
 def test_the_colder_the_logits_the_closer_the_error_to_the_share_of_wrong_answers(
     digits: Digits,
 ) -> None:

@@ -155,6 +155,7 @@ def assert_like_the_formulas(
             np.testing.assert_allclose(a, b.reshape(a.shape), rtol=0, atol=floor + 2e-4 * way)
 
 
+@pytest.mark.slow
 def test_a_nan_reaches_everything(weights: dict[str, Any]) -> None:
     params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     optimizer = velo(10, weights)

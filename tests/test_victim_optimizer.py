@@ -81,7 +81,7 @@ PARAMS = {
         ("rmsprop", {"decay": 0.95, "eps_in_sqrt": True}),
         ("lion", {}),
         pytest.param("velo", {}, marks=pytest.mark.slow),
-        ("mlp_opt", {}),
+        pytest.param("mlp_opt", {}, marks=pytest.mark.slow),
     ],
 )
 def test_any_optimizer_by_name(name: str, options: dict[str, float | bool]) -> None:
