@@ -156,6 +156,7 @@ def test_a_download_that_fails_is_one_line(
     assert everything(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_training_that_blows_up_names_metastep_and_remedy(command: Run, tmp_path: Path) -> None:
     words = ["craft", *TINY, "--fraction", "0.1", *CHEAP, "--set", "learning_rate=1e30"]
     for _ in range(2):  # the second goes on from the checkpoint, and says the same

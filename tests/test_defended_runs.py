@@ -123,6 +123,7 @@ def test_a_poison_file_is_scored_anew_by_other_victims(
     assert scored() != first
 
 
+@pytest.mark.slow
 def test_what_is_printed_names_the_defence_and_what_it_did(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

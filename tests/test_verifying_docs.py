@@ -47,6 +47,7 @@ def filled_in(words: list[str], folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_commands_run(
     page: str, command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
