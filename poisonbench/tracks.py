@@ -127,8 +127,8 @@ Clean victims have 49.7 % (smooth) and 51.0 % (standard). With fixed labels `mgd
 1.57 ± 0.73 points: from copies of wrong pairs its steps lower held-out loss, and the start is kept. From
 images as they are (`--start pixels`) they raise it, which takes 1.76 ± 0.39 and 0.88 ± 0.84, and
 2.13 ± 0.56 and 1.08 ± 0.94 in forty steps that aim at wrong answers (`--goal error --temperature 0.5`).
-Noise takes 0.50 ± 0.48 and 0.25 ± 0.81. With free labels `mgd --start pair`, with the options that its docstring
-names, takes 3.30 ± 0.44 and 2.34 ± 0.85, concentrated flips 2.09 ± 0.73 and 1.20 ± 0.98.
+Noise takes 0.50 ± 0.48 and 0.25 ± 0.81. With free labels `mgd --start pair`, with the options that its
+docstring names, takes 3.30 ± 0.44 and 2.34 ± 0.85, concentrated flips 2.09 ± 0.73 and 1.20 ± 0.98.
 """
 
 CIFAR10 = Track(
