@@ -108,7 +108,7 @@ def test_an_adaptive_attack_goes_through_the_defence(task: Task, against: str) -
     [
         pytest.param("mgd", "random", marks=pytest.mark.slow),
         pytest.param("mgd", "influence", marks=pytest.mark.slow),
-        ("mgd", "flips"),
+        pytest.param("mgd", "flips", marks=pytest.mark.slow),
         pytest.param("mgd", "pair", marks=pytest.mark.slow),
         ("es", "random"),
     ],

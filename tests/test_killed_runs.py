@@ -93,6 +93,7 @@ def killed_and_whole(metasteps_: list[int], folder: Path) -> tuple[list[bytes], 
     return [p.read_bytes() for p in killed.rglob("poison.*")], [crafted.path.read_bytes()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="NOT TESTED: no SIGKILL on this system")
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     killed, whole = killed_and_whole([2], tmp_path)
