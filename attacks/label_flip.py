@@ -17,8 +17,8 @@ Cost: random, none; confident, `trial_seeds` victim trainings; concentrated,
 Measured on `digits` (12 of 500 images, ten pairs of smooth victims): with free labels 0.87 ± 0.30
 points lost to random flips, 1.78 ± 0.56 to confident and 1.77 ± 0.49 to concentrated ones; by copies
 under fixed labels 0.55 ± 0.25, 0.25 ± 0.20 and 0.35 ± 0.36. On `cifar10-small` (100 of 4,000): with
-free labels 0.40 ± 0.44, 0.95 ± 0.64 and 2.09 ± 0.73; by copies
-0.63 ± 0.41, 0.50 ± 0.46 and 0.72 ± 0.48. See `results/README.md`.
+free labels 0.40 ± 0.44, 0.95 ± 0.64 and 2.09 ± 0.73; by copies 0.63 ± 0.41, 0.50 ± 0.46 and
+0.72 ± 0.48. See `results/README.md`.
 """
 
 from __future__ import annotations
