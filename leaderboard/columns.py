@@ -54,8 +54,8 @@ def columns(game: Game) -> list[Column]:
         *(_drop(recipe) for recipe in game.recipes),
         Column(
             "above controls",
-            "Whether it ranks above every control of its table. What does not is not shown to work,"
-            " whatever its rank.",
+            "Whether it costs more than every control of its table, tested apart from the ranks. What"
+            " does not is not shown to work, whatever its rank.",
             lambda row: Cell(row.works), numeric=False,
         ),
         Column(

@@ -53,7 +53,8 @@ class Row:
             table's records; None where it was not measured.
         rank: its place, from 1; None where the record is set aside.
         tied: another row has the same rank.
-        above_controls: it ranks above every control of its table; None for a control, or without any.
+        above_controls: it costs more than every control of its table; None for a control, or where there
+            is none.
     """
 
     record: Record
@@ -104,7 +105,7 @@ class Row:
 
     @property
     def works(self) -> str:
-        """Whether it ranks above every control, in a word."""
+        """Whether it costs more than every control, in a word."""
         return "–" if self.above_controls is None else "yes" if self.above_controls else "no"
 
     @property

@@ -21,11 +21,18 @@ each other: the pairs are taken from the largest |t| down, and the one that foll
 too where its two-sided p is at most 0.05 / (m - r); the first that does not ends it.
 
 A ranks above B where the two part and A costs more. An attack's rank is one more than the number of
-attacks that rank above it. Two attacks of different ranks need not be told apart from one another:
-whether an attack ranks above the controls, which is what shows that it works, is said of each. Ranks
+attacks that rank above it. Two attacks of different ranks need not be told apart from one another. Ranks
 never come from the best of several seeds. An entry that was measured again on hidden seeds is ranked by
 those drops; they have nothing in common with the others' seeds that would cancel, and Student's
 statistic of differences of independent samples holds in whatever order they are paired.
+
+**Whether an attack works** is another question, with fewer answers: whether it costs more than every
+control. That is shown where it costs more than the one that it exceeds least surely, so the least of
+its statistics over the controls is its own, and their number needs no correction (an intersection-union
+test; Berger, 1982). Holm's correction is over the attacks of the table, not over its pairs. Were it
+over pairs, as by the second version, each weak attack that somebody adds would make it much harder for
+any other to be shown to work: with 100 attacks the largest t over ten seeds would have to be 8.9, where
+5.3 will do.
 
 Rules have versions. A change of the rule is a new version, and earlier ones stay, so that the tables of
 their time can be made again from the records.
@@ -211,14 +218,40 @@ def _above_by_holm(drops: Float[np.ndarray, "k n"]) -> Above:
     return (t >= least for t in _paired_statistics(drops))
 
 
-def _paired_statistics(drops: Float[np.ndarray, "k n"]) -> Iterator[Float[np.ndarray, "rows k"]]:
-    """Student's statistic of `d_column - d_row`, some rows at a time: a table may have thousands."""
+def _exceeding_by_holm(drops: Float[np.ndarray, "k n"], some: Collection[int]) -> Bool[np.ndarray, " k"]:
+    """Which rows cost more than every one of some, by Holm's correction over all the other rows."""
+    from scipy import stats
+
+    exceeding = np.ones(len(drops), bool)
+    if not some:
+        return exceeding
+    exceeding[list(some)] = False
+    others = np.flatnonzero(exceeding)
+    least = np.full(len(drops), np.inf)
+    for part in _paired_statistics(drops, sorted(some)):
+        least = np.minimum(least, part.min(0))
+    order = others[np.argsort(-least[others])]
+    levels = stats.t.isf((1 - CONFIDENCE) / 2 / np.arange(len(order), 0, -1), drops.shape[1] - 1)
+    exceeding[order] = np.logical_and.accumulate(least[order] >= levels)
+    return exceeding
+
+
+def _paired_statistics(
+    drops: Float[np.ndarray, "k n"], which: Sequence[int] | None = None
+) -> Iterator[Float[np.ndarray, "rows k"]]:
+    """Student's statistic of `d_column - d_row`, some rows at a time: a table may have thousands.
+
+    Args:
+        drops: of all rows.
+        which: rows that are asked about, by default all; columns are all.
+    """
     number, seeds = drops.shape
     means = drops.mean(1)
     centred = drops - means[:, None]
     spread = (centred**2).sum(1)
-    for first in range(0, number, ROWS):
-        rows = slice(first, first + ROWS)
+    asked = np.arange(number) if which is None else np.asarray(which, int)
+    for first in range(0, len(asked), ROWS):
+        rows = asked[first : first + ROWS]
         difference = means[None, :] - means[rows, None]
         squares = spread[None, :] + spread[rows, None] - 2 * centred[rows] @ centred.T
         # What rounding leaves of a difference of equals is nothing, and of a spread no more than that.
@@ -234,10 +267,15 @@ class Rule:
     Attributes:
         statement: the rule in words, for the pages.
         above: of the drops `[k, n]` of k attacks on n seeds, which attacks rank above each.
+        exceeding: of such drops and some of their rows, which rows cost more than each of these; by
+            default those that rank above each.
     """
 
     statement: str
     above: Callable[[Float[np.ndarray, "k n"]], Above]
+    exceeding: Callable[[Float[np.ndarray, "k n"], Collection[int]], Bool[np.ndarray, " k"]] | None = (
+        None
+    )
 
     def ranks(self, drops: Sequence[Sequence[float]]) -> list[int]:
         """Each attack's rank, from 1: one more than the number of attacks that rank above it.
@@ -253,7 +291,7 @@ class Rule:
     def ranks_and_above(
         self, drops: Sequence[Sequence[float]], some: Collection[int]
     ) -> tuple[list[int], list[bool]]:
-        """Each attack's rank, and whether it ranks above every one of some, such as the controls.
+        """Each attack's rank, and whether it costs more than each of some, such as the controls.
 
         Args:
             drops: as of `ranks`.
@@ -266,13 +304,16 @@ class Rule:
             return [], []
         if len(drops[0]) < 2:
             raise UserError("ranks need at least 2 seeds: one accuracy alone is never a result")
+        table = np.asarray(drops, np.float64)
         ranks: list[int] = []
         above_some = np.ones(len(drops), bool)
-        for part in self.above(np.asarray(drops, np.float64)):
+        for part in self.above(table):
             for row in some:
                 if len(ranks) <= row < len(ranks) + len(part):
                     above_some &= part[row - len(ranks)]
             ranks += (1 + part.sum(1)).tolist()
+        if self.exceeding:
+            above_some = self.exceeding(table, some)
         return ranks, above_some.tolist()
 
 
@@ -289,7 +330,18 @@ RULES: Mapping[int, Rule] = {
         " rows that rank above it.",
         _above_by_holm,
     ),
+    3: Rule(
+        "Two rows are compared by the differences of their drops, seed by seed, with Student's test, at"
+        " 5 % for the table as a whole (Holm's correction over all its pairs of rows). Where that tells"
+        " them apart, the one that costs more ranks above. A row's rank is one more than the number of"
+        " rows that rank above it. That an attack lies above the controls is tested apart: it does where"
+        " the same test shows that it costs more than each of them, at 5 % for all attacks of the table"
+        " (Holm's correction over the attacks). So one may be above the controls, and yet share its rank"
+        " with them.",
+        _above_by_holm,
+        _exceeding_by_holm,
+    ),
 }
 """Every version of the rule that ranks attacks."""
-CURRENT = 2
+CURRENT = 3
 """The version that tables are made by."""

@@ -147,4 +147,4 @@ def test_tables_of_an_earlier_rule_are_made_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not empty"):
         tables.of_earlier_rules(results, 1, tmp_path / "rules-1")
     with pytest.raises(UserError, match="the versions are 1, 2"):
-        tables.of_earlier_rules(results, 3, tmp_path / "rules-3")
+        tables.of_earlier_rules(results, 4, tmp_path / "rules-4")

@@ -12,6 +12,9 @@ Claims of `poisonbench.statistics` tested here:
   matter; of attacks that are all alike, some part in at most 5 % of tables, and without the correction
   in most;
 - by the first version of the rule it is the number of intervals that lie wholly above;
+- an attack is above the controls where the third version shows that it costs more than each of them, by
+  Holm's correction over attacks, as worked out attack by attack with scipy; of attacks that are all like
+  the controls, some are in at most 5 % of tables; more controls or weak attacks cost little;
 - neither the order of the list nor a lucky seed changes a rank.
 """
 
@@ -159,7 +162,7 @@ def test_above_all_of_some_is_above_each(monkeypatch: pytest.MonkeyPatch) -> Non
     rng = np.random.default_rng(1)
     drops = rng.normal(size=(9, 8)) + np.linspace(0, 6, 9)[:, None] + 5 * rng.normal(size=8)
     pairs = list(itertools.product(range(9), range(9)))
-    for rule in RULES.values():
+    for rule in (RULES[1], RULES[2]):
         above = {(a, b): rule.ranks_and_above(drops.tolist(), [b])[1][a] for a, b in pairs}
         assert rule.ranks(drops.tolist()) == [1 + sum(above[a, b] for a in range(9)) for b in range(9)]
         for size in (1, 3):
@@ -171,6 +174,59 @@ def test_above_all_of_some_is_above_each(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(RULES[2].ranks_and_above(drops.tolist(), [0, 2])[1]) > 0, "or nothing was tested"
     assert RULES[2].ranks_and_above([[1.0, 2.0]], [0]) == ([1], [False])
     assert RULES[2].ranks_and_above([], []) == ([], [])
+
+
+def exceeding_by_hand(drops: np.ndarray, controls: list[int]) -> list[bool]:
+    """An attack's p is the largest over controls; Holm's procedure as it is written, over attacks."""
+    p = {
+        row: max(
+            stats.ttest_rel(drops[row], drops[c]).pvalue if drops[row].mean() > drops[c].mean() else 1.0
+            for c in controls
+        )
+        for row in range(len(drops))
+        if row not in controls
+    }
+    found = [False] * len(drops)
+    for done, row in enumerate(sorted(p, key=p.__getitem__)):
+        if p[row] > 0.05 / (len(p) - done):
+            break
+        found[row] = True
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_above_controls_is_holms_over_attacks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    drops = rng.normal(size=(9, 6)) + np.linspace(0, 6, 9)[:, None] + 5 * rng.normal(size=6)
+    controls = [2, 0]
+    expected = exceeding_by_hand(drops, controls)
+    assert 0 < sum(expected) < 7
+    for size in (512, 1):
+        monkeypatch.setattr("poisonbench.statistics.ROWS", size)
+        assert RULES[3].ranks_and_above(drops.tolist(), controls) == (
+            RULES[2].ranks(drops.tolist()), expected,
+        )  # fmt: skip
+    assert RULES[3].ranks_and_above(drops.tolist(), ())[1] == [True] * 9
+    assert RULES[3].ranks_and_above([[1.0, 2.0]], [0]) == ([1], [False])
+
+
+def test_attacks_like_the_controls_are_rarely_above_them() -> None:
+    rng = np.random.default_rng(0)
+    tables = rng.normal(size=(400, 12, 10)) + rng.normal(size=(400, 1, 10))
+    for controls in ([0], [0, 1, 2]):
+        found = np.mean([any(RULES[3].ranks_and_above(t.tolist(), controls)[1]) for t in tables])
+        assert found < 0.05 + 0.033  # three standard errors
+
+
+def test_weak_attacks_hide_no_strong_one() -> None:
+    rng = np.random.default_rng(0)
+    tables = rng.normal(size=(12, 101, 10))  # of a hundred weak ones, five are controls
+    tables[:, 0] += 3.5
+    found = {
+        version: sum(RULES[version].ranks_and_above(t.tolist(), range(1, 6))[1][0] for t in tables)
+        for version in (2, 3)
+    }
+    assert found[3] > 6 > 3 > found[2]
 
 
 def test_what_a_seed_does_to_all_does_not_matter() -> None:
