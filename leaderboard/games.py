@@ -29,7 +29,7 @@ from poisonbench.verification import Dispute, Verification
 
 Found = Sequence[tuple[Path, Record]]
 """Records with their paths, as `poisonbench.records.find` gives them."""
-LATER = {"against": "", "differentiated": 1.0, "memory": "2GiB"}
+LATER = {"against": "", "differentiated": 1.0, "memory": "2GiB", "temperature": 1.0}
 """Options that attacks were given later, with the values that they had in effect before."""
 FLIPS = ("label_flip (spread=random)", "label_flip (spread=concentrated)")
 

@@ -33,7 +33,7 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from poisonbench import records
+from poisonbench import attacks, records
 from poisonbench.records import Record, VictimScores
 from poisonbench.stored import Hardware
 from poisonbench.submission import manifest
@@ -314,6 +314,18 @@ def test_a_poison_that_was_handed_in_is_no_control(tmp_path: Path) -> None:
     results = put(tmp_path, make("noise", crafting_seconds=None), make("none", 0.0, 0.0))
     assert [row[1] for row in rows(page(results))] == ["noise (from a file)", "*none*"]
     assert "Controls missing: noise, " in page(results)
+
+
+def test_an_option_that_came_later_is_told_only_where_it_is_used(tmp_path: Path) -> None:
+    games: Any = importlib.import_module("poisonbench.leaderboard.games")
+    now = attacks.config(attacks.build("mgd", []))
+    assert now.items() >= games.LATER.items()
+    old = {"steps": 40}
+    same = put(tmp_path / "same", make("mgd", attack_config=old), make(attack_config=old | games.LATER))
+    assert [row[1] for row in rows(page(same))] == ["mgd", "mgd"]
+    used = make("mgd", 9, attack_config=old | games.LATER | {"temperature": 0.5})
+    other = put(tmp_path / "other", make("mgd", attack_config=old), used)
+    assert [row[1] for row in rows(page(other))] == ["mgd", "mgd (temperature=0.5)"]
 
 
 def test_options_that_differ_are_shown(tmp_path: Path) -> None:
