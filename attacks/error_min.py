@@ -19,7 +19,7 @@ What is left open, and how it is settled here:
   or else at the end of the victim's own training run, which is gone through with its schedule.
 - *The turns.* Ten steps of training each in the paper; four here, since the victims' runs are short, and
   noise made against young victims carries better (200 digits within 80/255, a run of 64 steps: expected
-  error 0.73 after turns of four, 0.57 after turns of ten, 0.40 on clean images).
+  error 0.73 after turns of four, 0.57 after turns of ten, 0.40 on clean images; not on record).
 - *Batch norm* normalises by tracked statistics while pixels move.
 - *Augmentation* is that of the victim's recipe in training; pixels move against images as they are.
 - *A part of the set.* Under a fraction below 1, the victim trains on all images and the poisoned ones,

@@ -28,7 +28,9 @@ Published: nothing found.
 Measured on `digits` (12 of 500 images, 45 metasteps of two pairs; crafting took 0.6 to 0.75 times as
 long as that of `mgd`): with fixed labels 0.37 ± 0.12 points lost from random images, and 0.80 ± 0.36
 from copies of concentrated flips; with free labels 1.50 ± 0.62 from concentrated flips. From either kind
-of flips held-out loss fell at once, so that what is kept, and was measured, is the start.
+of flips held-out loss fell at once, so that what is kept, and was measured, is the start. From the same
+random images exact metagradients (`mgd --start random`), at about as many trainings, take 1.22 ± 0.31:
+held-out loss rises from 0.080 to 0.152, by evolution strategies to 0.095.
 
 Cost: `steps × 2 × pairs` victim trainings, and `check_seeds` at every check. A metastep of two pairs
 is four trainings, where a metagradient costs three to four.

@@ -78,7 +78,7 @@ class LabelFlip(Attack):
         if self.spread == "random":
             flips = random_flips(task, key)
         elif self.spread == "confident":
-            flips = confident_flips(task, key, seeds=self.trial_seeds)
+            flips = confident_flips(task, jax.random.fold_in(key, 0), seeds=self.trial_seeds)
         elif self.source is not None and self.target is not None:
             flips = concentrated_flips(task, self.source, self.target, jax.random.fold_in(key, 1))
         else:

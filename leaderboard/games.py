@@ -23,6 +23,7 @@ from typing import Any
 from poisonbench import records, transfer, verification
 from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import CURRENT, RULES, Interval
+from poisonbench.stored import Hardware
 from poisonbench.submission import manifest
 from poisonbench.tracks import TRACKS, departures
 from poisonbench.verification import Dispute, Verification
@@ -30,7 +31,8 @@ from poisonbench.verification import Dispute, Verification
 Found = Sequence[tuple[Path, Record]]
 """Records with their paths, as `poisonbench.records.find` gives them."""
 LATER = {"against": "", "differentiated": 1.0, "memory": "2GiB", "temperature": 1.0}
-"""Options that attacks were given later, with the values that they had in effect before."""
+"""Options that attacks were given later, with the values that they had in effect before, and that a row
+does not name."""
 FLIPS = ("label_flip (spread=random)", "label_flip (spread=concentrated)")
 
 
@@ -49,8 +51,8 @@ class Row:
         verification: what a maintainer measured of its poison, if anything.
         disputes: results that break it, in the order in which they were raised.
         beside: names of the files in its folder.
-        trainings: crafting time in trainings of one victim, as long as these took in the median of the
-            table's records; None where it was not measured.
+        trainings: crafting time in trainings of one victim on the same hardware; None where it was not
+            measured.
         rank: its place, from 1; None where the record is set aside.
         tied: another row has the same rank.
         above_controls: it costs more than every control of its table; None for a control, or where there
@@ -286,7 +288,7 @@ def _name(record: Record, telling: Iterable[str]) -> str:
     told = [
         f"{name}={value if isinstance(value, str) else canonical(value)}"
         for name, value in sorted(_options(record).items())
-        if name in telling
+        if name in telling and LATER.get(name) != value
     ]
     return f"{record.attack} ({', '.join(told)})" if told else record.attack
 
@@ -315,18 +317,22 @@ def _with_costs(rows: list[Row]) -> list[Row]:
     """Crafting times in trainings.
 
     A busy machine lengthens these too, in one record or in most of a table's: of a record's own and the
-    median, the shorter counts.
+    median over those of the same hardware, the shorter counts.
     """
     each = [
         row.record.evaluation_seconds / (2 * sum(len(victim.seeds) for victim in row.record.victims))
         for row in rows
     ]
-    median = statistics.median(each) if each else 0.0
+    alike: dict[Hardware, list[float]] = {}
+    for row, own in zip(rows, each, strict=True):
+        alike.setdefault(row.record.hardware, []).append(own)
+    medians = {hardware: statistics.median(several) for hardware, several in alike.items()}
+    units = [min(own, medians[row.record.hardware]) for row, own in zip(rows, each, strict=True)]
     return [
-        replace(row, trainings=row.record.crafting_seconds / min(own, median))
-        if min(own, median) and row.record.crafting_seconds is not None
+        replace(row, trainings=row.record.crafting_seconds / unit)
+        if unit and row.record.crafting_seconds is not None
         else row
-        for row, own in zip(rows, each, strict=True)
+        for row, unit in zip(rows, units, strict=True)
     ]
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
+from poisonbench.errors import UserError
+
 CHUNK = 500
 """Images that go through a network at a time."""
 
@@ -27,8 +29,18 @@ def drawn(rows: Int[np.ndarray, " m"], count: int, key: PRNGKeyArray) -> Int[np.
 
 
 def to_pixels(z: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Pixels in [0, 1] as they are stored, with 8 bits."""
-    return np.asarray(jnp.rint(z * 255), np.uint8)
+    """Pixels in [0, 1] as they are stored, with 8 bits.
+
+    Raises:
+        UserError: one is no number, as after a step along a victim's gradient that is none.
+    """
+    levels = np.asarray(jnp.rint(z * 255))
+    if not np.isfinite(levels).all():
+        raise UserError(
+            "the poison's pixels are not finite: lower the victim's learning rate, as by"
+            " --set smooth.learning_rate=…"
+        )
+    return levels.astype(np.uint8)
 
 
 def chunks(count: int) -> Iterator[tuple[slice, Int[np.ndarray, " rows"]]]:

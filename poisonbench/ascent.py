@@ -27,14 +27,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from poisonbench.arrays import to_pixels
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
-from poisonbench.defenses import in_steps
+from poisonbench.defenses import Composed, in_steps
 from poisonbench.errors import UserError
 from poisonbench.flips import Flips, best_concentrated_flips, placed, require_flips
 from poisonbench.journal import Journal, pack, unpack
 from poisonbench.problem import Problem, require_finite
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import Goal
-from poisonbench.victim.training import Guard
 
 SECOND_MOMENT = 0.95
 """Share of Adam's second moment that a metastep keeps: gradients grow as the attack bites."""
@@ -104,7 +103,7 @@ class Ascent(Attack):
         check_seeds: victims trained for a check.
         start: which images: `random` draws them, with their own labels; `flips` takes the best
             concentrated ones, or copies of them where labels are fixed.
-        start_seeds: victims trained for each pair of classes that `flips` tries.
+        start_seeds: victims trained on clean data, and for each pair of classes that `flips` tries.
         candidates: class pairs that `flips` tries.
         against: defences, with commas between and with their default options, that the victim is taken
             to train under: the attack is adaptive then. They must act in its steps alone.
@@ -132,7 +131,7 @@ class Ascent(Attack):
             raise UserError("--momentum must lie in [0, 1)")
         self.guard()  # so that a wrong name is refused at once
 
-    def guard(self) -> Guard | None:
+    def guard(self) -> Composed | None:
         """The defence that the attack is made against.
 
         Raises:
@@ -192,6 +191,8 @@ class Ascent(Attack):
 
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """Climb from the start; the best checked poison, rounded to 8 bits, is the result."""
+        if guard := self.guard():
+            guard.require(task.recipe, len(task.train_labels), task.num_poison, len(task.val_labels))
         start_key, step_key, check_key = jax.random.split(key, 3)
         arrays = journal.restore() or {}
         begun = "z" in arrays  # otherwise a checkpoint is of the search for the start

@@ -21,7 +21,7 @@ from poisonbench.arrays import chunks, drawn, highest
 from poisonbench.attacks import Task
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal
-from poisonbench.problem import Problem
+from poisonbench.problem import Problem, require_finite
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import train
 from poisonbench.victim.training import Guard, TrainingRun, TrainingSet, logits
@@ -51,7 +51,10 @@ def require_flips(budget: Budget, name: str) -> None:
 
 
 def placed(
-    task: Task, flips: Flips, key: PRNGKeyArray, worth: Float[np.ndarray, " n"] | None = None
+    task: Task,
+    flips: Flips,
+    key: PRNGKeyArray | None = None,
+    worth: Float[np.ndarray, " n"] | None = None,
 ) -> PoisonSet:
     """The poison in which these images bear these labels.
 
@@ -60,9 +63,9 @@ def placed(
             or stand again beside the set where poison is added; under fixed ones, copies of the images
             take places of the labels' classes, which may be those of other images of the flips.
         flips: which images, and which labels.
-        key: draws the places, where they are drawn.
+        key: draws the places where no worth is given.
         worth: what losing each training image costs the victim; those that cost most give their
-            places. None to draw places at random.
+            places.
 
     Raises:
         UserError: a class has too few images to give so many places.
@@ -78,6 +81,7 @@ def placed(
                 " that copies would take: lower --fraction"
             )
         if worth is None:
+            assert key is not None
             places[here] = drawn(members, int(here.sum()), jax.random.fold_in(key, int(label)))
         else:
             places[here] = highest(worth, int(here.sum()), members)
@@ -122,8 +126,9 @@ def confident_flips(task: Task, key: PRNGKeyArray, *, seeds: int) -> Flips:
         seeds: victims to train.
     """
     said = _probabilities(task, jax.random.split(key, seeds), task.train_images)
-    sureness = said[np.arange(len(said)), task.train_labels]
-    surest = highest(sureness, task.num_poison)
+    own = np.arange(len(said)), task.train_labels
+    surest = highest(said[own], task.num_poison)
+    said[own] = np.inf  # the right label is no flip, even where it is the least likely one
     return Flips(surest, said[surest].argmin(1).astype(np.int32))
 
 
@@ -172,6 +177,7 @@ def best_concentrated_flips(
             tried["damage"] = np.append(tried["damage"], damage if np.isfinite(damage) else -np.inf)
             journal.save(tried)
             bar.advance(note=" → ".join(task.class_names[c] for c in pair))
+    require_finite(float(tried["damage"].max()))
     return flips(*pairs[int(tried["damage"].argmax())])
 
 
@@ -194,7 +200,11 @@ def _nearest_pairs(task: Task, keys: Key[Array, " seeds"], guard: Guard | None) 
 def _probabilities(
     task: Task, keys: Key[Array, " seeds"], images: np.ndarray, guard: Guard | None = None
 ) -> Float[np.ndarray, "m classes"]:
-    """What victims trained on clean data say of images, on average."""
+    """What victims trained on clean data say of images, on average.
+
+    Raises:
+        UserError: one of them diverged.
+    """
     clean = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
     run, state = TrainingRun.start(task.recipe, clean, keys, guard)
     state = train(run, state, jnp.zeros((0, *task.train_images.shape[1:])))
@@ -205,7 +215,9 @@ def _probabilities(
         return jax.nn.softmax(said).mean(0)
 
     parts = [probabilities(state, jnp.asarray(images[rows]) / 255) for _, rows in chunks(len(images))]
-    return np.concatenate(parts)[: len(images)]
+    said = np.concatenate(parts)[: len(images)]
+    require_finite(float(said.sum()))
+    return said
 
 
 def _validation_error(

@@ -47,7 +47,7 @@ class Journal:
             return None
         arrays, header = stored
         self.rows = list(header["rows"])
-        self._before = float(header["seconds"])
+        self._before, self._began = float(header["seconds"]), time.monotonic()
         return arrays
 
     def save(self, arrays: dict[str, np.ndarray], row: LogRow | None = None) -> None:

@@ -38,7 +38,7 @@ class Transfer(Measured):
     evaluation_seconds: Seconds
 
     def is_of(self, record: Record) -> bool:
-        """Whether these are the scores that would be measured of this record's poison today."""
+        """Whether these are scores of this record's poison, on its seeds, by the recipes of today."""
         track = TRACKS.get(record.track)
         if track is None or self.poison_hash != record.poison_hash:
             return False
@@ -61,10 +61,15 @@ def measure(
         fresh: measure again what is there.
 
     Raises:
-        UserError: there is no finished run, its track is gone, or its poison or its data are not
-            those of its record.
+        UserError: there is no finished run, its victims were defended, its track is gone, or its poison
+            or its data are not those of its record.
     """
     record, poison = Record.load(folder / "record.json"), PoisonSet.load(folder / "poison.safetensors")
+    if record.defense != "none":
+        raise UserError(
+            f"{folder} scored victims under {record.defense}, and transfer is measured on undefended"
+            " ones: name a run of the same poison without --defense"
+        )
     if poison.hash != record.poison_hash:
         raise UserError(f"{folder} holds another poison than its record scored: run it again")
     path = folder / FILE

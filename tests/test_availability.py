@@ -11,7 +11,7 @@ Claims tested here, each with a control that fails:
   random perturbations it cannot; blocks have one colour, the largest at the radius;
 - victims that train on any of the three do worse on clean images than ones that trained on clean images,
   and after the first two worse than after random signs of that size;
-- a budget without a radius is refused.
+- a budget without a radius is refused, and so are pixels that are no numbers.
 
 The problem: 200 digits of 8×8 within 80/255, a ResNet-9 of width 4, eight epochs.
 """
@@ -144,6 +144,17 @@ def test_targeted_images_are_mistaken() -> None:
     assert start[free].std() == pytest.approx(RADIUS / 3**0.5, rel=0.05), "anywhere within the radius"
     with pytest.raises(UserError, match="--shift 10"):
         attacks.build("tap", [("shift", "10")]).craft(task, KEY, Journal())
+
+
+@pytest.mark.parametrize("name", ["tap", "error_min"])
+def test_pixels_that_are_no_numbers_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(victim: object, z: np.ndarray, *_: object, **__: object) -> np.ndarray:
+        return np.full_like(z, np.nan)
+
+    monkeypatch.setattr(f"poisonbench.attacks.{name}.descended", lost)
+    options = [("steps", "1")] if name == "error_min" else [("steps", "1"), ("shift", "3000000001")]
+    with pytest.raises(UserError, match="pixels are not finite: lower the victim's learning rate"):
+        attacks.build(name, options).craft(problem(), KEY, Journal())
 
 
 def test_the_pattern_tells_the_class() -> None:

@@ -21,6 +21,7 @@ The problem: 100 digits of 8×8, a ResNet-9 of width 4, eight epochs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -135,11 +136,14 @@ def test_every_victim_of_an_adaptive_attack_is_defended(
     assert all(guard == attack.guard() for guard in guards)
 
 
-def test_no_attack_is_made_against_what_it_cannot_go_through() -> None:
+def test_no_attack_is_made_against_what_it_cannot_go_through(task: Task) -> None:
     with pytest.raises(UserError, match="against spectral: it acts by `filter`"):
         attacks.build("mgd", [("against", "mixup,spectral")])
     with pytest.raises(UserError, match="did you mean mixup"):
         attacks.build("es", [("against", "mixpu")])
+    odd = replace(task, recipe=task.recipe.replace(batch_size=task.recipe.batch_size - 1))
+    with pytest.raises(UserError, match="into 5 equal parts: give another --set batch_size"):
+        attacks.build("mgd", [("against", "dp_sgd")]).craft(odd, KEY, Journal())
 
 
 @pytest.mark.slow
@@ -288,8 +292,9 @@ def test_a_leader_leads(task: Task) -> None:
 
 
 def test_confident_flips(task: Task) -> None:
-    found = flips.confident_flips(task, KEY, seeds=2)
-    said = flips._probabilities(task, jax.random.split(KEY, 2), task.train_images)
+    victims = jax.random.fold_in(KEY, 0)
+    found = flips.confident_flips(task, victims, seeds=2)
+    said = flips._probabilities(task, jax.random.split(victims, 2), task.train_images)
     own = said[np.arange(len(said)), task.train_labels]
     others = np.setdiff1d(np.arange(len(said)), found.indices)
     assert own[found.indices].min() >= own[others].max()

@@ -63,6 +63,14 @@ def test_the_unit_of_cost_is_the_tables(tmp_path: Path) -> None:
     assert {point["trainings"] for point in numbers["points"]} == {617.2}
 
 
+def test_another_machine_has_a_unit_of_its_own(tmp_path: Path) -> None:
+    there = make("slow", 1.0).hardware.model_copy(update={"processor": "an older one"})
+    slow = make("slow", 1.0, evaluation_seconds=800.0, crafting_seconds=12344.0, hardware=there)
+    put(tmp_path, make("mgd", 12.0), make("es", 3.0), slow)
+    (numbers,) = [picture.numbers for picture in found(tmp_path).values()]
+    assert {point["trainings"] for point in numbers["points"]} == {617.2}
+
+
 def test_what_makes_a_curve(results: Path) -> None:
     log = results / "digits/mgd/none/run-0/crafting.csv"
     log.write_text("metastep,held_out_loss\n1,0.5\n2,0.6\n3,0.7\n")  # trials, not an ascent

@@ -16,7 +16,8 @@ Claims of `poisonbench.flips`, and of the start of `mgd`, tested here:
   not search for the classes again where it was killed after that, nor lose a run of the ranking;
 - the search for the best concentrated flips takes those that do most harm, also where it was killed in
   between, on victims under the defence that it is told of, and passes over classes without validation
-  images.
+  images;
+- victims that diverge choose nothing, and the right label is never taken for a wrong one.
 
 The problem: 40 images of 4×4 in four classes, ten of each.
 """
@@ -37,7 +38,13 @@ from poisonbench import attacks
 from poisonbench.attacks import Task, mgd
 from poisonbench.defenses import in_steps
 from poisonbench.errors import UserError
-from poisonbench.flips import Flips, best_concentrated_flips, placed, require_flips
+from poisonbench.flips import (
+    Flips,
+    best_concentrated_flips,
+    confident_flips,
+    placed,
+    require_flips,
+)
 from poisonbench.journal import Journal
 from poisonbench.threat import Budget, LInf
 from poisonbench.tracks import DIGITS
@@ -171,6 +178,29 @@ def test_pairs_without_room_are_no_candidates(monkeypatch: pytest.MonkeyPatch) -
     assert (found.labels == 1).all()
     free = replace(scarce, budget=Budget(fraction=0.1, labels="free"))
     assert (best_concentrated_flips(free, KEY, Journal(), candidates=1, seeds=1).labels == 0).all()
+
+
+def test_victims_that_diverge_choose_no_flips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("poisonbench.flips.train", lambda run, state, z: state)
+    monkeypatch.setattr("poisonbench.flips.logits", lambda *_: jnp.full((40, 4), jnp.nan))
+    small = replace(task(), recipe=task().recipe.replace(width=1, batch_size=10))
+    for spread in ("confident", "concentrated"):
+        attack = attacks.build("label_flip", [("spread", spread)])
+        with pytest.raises(UserError, match="no check had a finite loss: lower the victim's learning"):
+            attack.craft(small, KEY, Journal())
+    monkeypatch.setattr("poisonbench.flips._nearest_pairs", lambda *_: [(0, 1), (1, 2)])
+    monkeypatch.setattr("poisonbench.flips._validation_error", lambda *_: float("nan"))
+    with pytest.raises(UserError, match="no check had a finite loss"):
+        best_concentrated_flips(task(), KEY, Journal(), candidates=2, seeds=1)
+
+
+def test_the_right_label_is_no_flip_even_if_least_likely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = 0.3 - 0.2 * np.eye(4)[LABELS]  # the right label is the least likely one, everywhere
+    monkeypatch.setattr("poisonbench.flips._probabilities", lambda *_: said.copy())
+    found = confident_flips(task(labels="free"), KEY, seeds=1)
+    assert (found.labels != LABELS[found.indices]).all()
 
 
 def test_a_killed_search_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

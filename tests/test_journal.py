@@ -2,7 +2,8 @@
 
 Claims of `poisonbench.journal` tested here:
 
-- arrays, log and seconds of a checkpoint come back as they were saved, and logging goes on;
+- arrays, log and seconds of a checkpoint come back as they were saved, and logging goes on; one that
+  is read by the process that wrote it counts no second twice;
 - a checkpoint that cannot be read, or was changed by a bit, is set aside under a name of its own,
   said so on standard error and kept to the byte, however often that happens;
 - a write that is interrupted leaves the old checkpoint whole and no other file;
@@ -63,6 +64,10 @@ def test_a_checkpoint_comes_back_with_its_log_and_seconds(
     third.restore()
     assert [row["metastep"] for row in third.rows] == [0, 1, 2]
     assert third.seconds == 13
+    now = 504.0
+    third.save(ARRAYS)
+    third.restore()
+    assert third.seconds == 14
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 

@@ -197,6 +197,12 @@ def test_the_largest_step_that_gains_has_its_interval_above_zero() -> None:
     assert largest(gain(0.1, 1, 0.1), broken) == 0.1
 
 
+def test_the_step_to_take_is_the_one_that_gains_most_for_sure() -> None:
+    gains = [gain(0.01, 1, 0.1), gain(0.1, 1, 0.3), gain(0.3, 1, 0.2), gain(1.0, 1, 0.4, spread=4.0)]
+    steps = Steps(images=[1], ranked_by=0, norms=[1.0] * 4, cosines=[[1.0] * 4] * 4, gains=gains)
+    assert (steps.best, steps.largest) == (0.1, 0.3)
+
+
 def test_the_grid_changes_one_field_at_a_time() -> None:
     base = DIGITS.recipes["smooth"]
     found = grid.changes(base, 500)

@@ -111,6 +111,9 @@ def test_other_poison_and_other_data_are_refused(
         patched.setattr("poisonbench.data.load", lambda *_: other)
         with pytest.raises(UserError, match="data are not those"):
             transfer.measure(finished.folder, None, tmp_path, "")
+    finished.record.model_copy(update={"defense": "mixup"}).save(finished.folder / "record.json")
+    with pytest.raises(UserError, match="under mixup, and transfer is measured on undefended ones"):
+        transfer.measure(finished.folder, None, tmp_path, "")
     changed = finished.record.model_copy(update={"poison_hash": "0" * 64})
     changed.save(finished.folder / "record.json")
     with pytest.raises(UserError, match="another poison"):

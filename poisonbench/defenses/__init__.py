@@ -87,7 +87,7 @@ class Composed(Defense):
         if self.parts and recipe.batch_size % self.parts:
             raise UserError(
                 f"a batch of {recipe.batch_size} cannot be cut into {self.parts} equal parts: give"
-                f" another {self._settings('parts')}"
+                f" another --set batch_size=… or {self._settings('parts')}"
             )
         if self.every >= recipe.epochs:
             raise UserError(

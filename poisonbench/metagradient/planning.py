@@ -6,6 +6,7 @@ binomial schedules are played. Either count is that of a run: the tests play eve
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -170,7 +171,7 @@ def in_bytes(size: int | str) -> int:
         number = float(match[1]) if match else float("nan")
     except ValueError:
         number = float("nan")
-    if match is None or not number >= 0:
+    if match is None or not 0 <= number < math.inf:
         raise UserError(f"cannot read '{size}' as a size: write it as '2GiB' or '500MB'")
     unit = (1024 if match[3] else 1000) ** (" KMGT".index(match[2].upper() or " "))
     return int(number * unit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +23,8 @@ class Probe:
         directions: lines through the clean data, each trained along by every seed.
         h: step along a direction, in pixel units (1 is the whole range); lines reach to `2h`.
         images: which images the one-step gain and the agreement are of: the most influential
-            ones, ranked as `mgd` does and by seeds that are used for nothing else; or `random`
-            ones, those of the first direction.
+            ones, ranked as `mgd --start pixels` does and by seeds that are used for nothing else; or
+            `random` ones, those of the first direction.
         step_sizes: sizes of the sign step, in pixel units, rising.
         points: points along each side of a landscape.
         extent: length of a landscape's sides, in pixel units.
@@ -55,5 +54,5 @@ class Probe:
             raise UserError("--step-size: give every size once, the smallest first")
         if self.points < 2:
             raise UserError("--points must be at least 2")
-        if not 0 < self.extent <= 0.25 or not math.isfinite(self.extent):
+        if not 0 < self.extent <= 0.25:
             raise UserError(f"--extent must lie in (0, 0.25], not {self.extent}")

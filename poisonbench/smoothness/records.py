@@ -95,8 +95,21 @@ class Steps(Frozen):
     @property
     def largest(self) -> float | None:
         """The largest step size whose gain on other seeds has its whole interval above 0."""
-        gaining = [g.step_size for g in self.gains if g.other_seeds and g.other_seeds.low > 0]
-        return max(gaining, default=None)
+        return max(self._gaining, default=None)
+
+    @property
+    def best(self) -> float | None:
+        """Of those step sizes the one whose gain on other seeds is largest."""
+        return max(self._gaining, key=self._gaining.__getitem__, default=None)
+
+    @property
+    def _gaining(self) -> dict[float, float]:
+        """Step sizes that gain on other seeds, and how much."""
+        return {
+            g.step_size: g.other_seeds.mean
+            for g in self.gains
+            if g.other_seeds and g.other_seeds.low > 0
+        }
 
 
 class Survey(Frozen):

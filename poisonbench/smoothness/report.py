@@ -94,12 +94,13 @@ def _advice(record: SmoothnessRecord) -> list[str]:
     base = next((s for s in record.recipes if s.label == record.base), None)
     if base is None or base.steps is None:
         return []
-    if base.steps.largest is None:
+    if base.steps.best is None:
         return [
             f"No step gains on other seeds of {base.label}: metagradients of this recipe will hardly"
             " carry over; try more width, a larger batch, or a lower learning_rate or final_scale."
         ]
-    return [f"To start mgd from it: poisonbench run --attack mgd --step-size {base.steps.largest:g} …"]
+    command = f"poisonbench run --attack mgd --start pixels --step-size {base.steps.best:g} …"
+    return [f"To climb from the images measured here, by the step that gains most: {command}"]
 
 
 def _text(interval: Interval | None, values: Sequence[Any]) -> str:

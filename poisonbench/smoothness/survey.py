@@ -5,9 +5,9 @@ What happens, with S seeds, D directions and E step sizes (formulas in `definiti
 1. Train S victims on clean data: losses, accuracies and parameters at the start of every line.
 2. For each direction, train the S victims at `h` and at `2h` along it. Each direction has images and
    signs of its own, as many images as the budget allows. Definitions 1 and 2, S × D values each.
-3. Rank the images by the metagradients of S further seeds, as `mgd` does: by the magnitude of the
-   summed metagradient, summed over an image's pixels. Seeds of their own, since images chosen for
-   how well some seeds agree on them say nothing of how well these seeds agree.
+3. Rank the images by the metagradients of S further seeds, as `mgd --start pixels` does: by the
+   magnitude of the summed metagradient, summed over an image's pixels. Seeds of their own, since
+   images chosen for how well some seeds agree on them say nothing of how well these seeds agree.
 4. For each of the S seeds, the metagradient on those images: norms and cosines.
 5. For each seed and step size, one sign step along that seed's metagradient, clipped to the budget,
    and the S victims trained on the result: S gains on the step's own seed, S(S - 1) on others.
@@ -306,7 +306,8 @@ class Surveyor:
         return Trained(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _pixels(self, indices: Int[np.ndarray, " p"]) -> Float[np.ndarray, "p ..."]:
-        return self.task.train_images[indices].astype(np.float32) / np.float32(255)
+        # As a training run divides its own: NumPy's quotients are not all the same to the last bit.
+        return np.asarray(jnp.asarray(self.task.train_images[indices], jnp.float32) / 255)
 
     def _images(self, *stream: int) -> Int[np.ndarray, " p"]:
         """A budget's worth of training images, drawn at random, in order."""
