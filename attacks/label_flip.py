@@ -77,7 +77,7 @@ class LabelFlip(Attack):
         """Images of the set under wrong labels."""
         if self.spread == "random":
             flips = random_flips(task, key)
-        elif self.spread == "confident":
+        elif self.spread == "confident":  # by a key that meets none of those below
             flips = confident_flips(task, jax.random.fold_in(key, 0), seeds=self.trial_seeds)
         elif self.source is not None and self.target is not None:
             flips = concentrated_flips(task, self.source, self.target, jax.random.fold_in(key, 1))

@@ -22,7 +22,7 @@ What is left open, and how it is settled here:
 
 Measured on `availability` (4,000 images of 16×16 within 8/255, ten pairs): 18.09 ± 1.76 points of 49.71
 lost by smooth victims and 15.69 ± 1.27 of 51.45 by standard ones. The clean victim takes 49 % of the
-images for their targets, from the twenty-fifth step on.
+images for their targets, from the fiftieth step on.
 
 Cost: one victim training, and `steps` backward passes over the poison.
 """

@@ -178,7 +178,12 @@ class TGDA(Attack):
                     )
                 row = {"metastep": i + 1, "loss": float(loss)}
                 if (i + 1) % self.check_every == 0 or i + 1 == self.rounds:
-                    images = to_pixels(_poison(game, players[0]))
+                    made = _poison(game, players[0])
+                    if not np.isfinite(made).all():
+                        raise UserError(
+                            f"at round {i} the generator's pixels are not finite: lower --leader-rate"
+                        )
+                    images = to_pixels(made)
                     row["held_out_loss"] = value = problem.harm(images, check_keys)
                     if value > arrays["value"]:
                         arrays |= {"best": images, "value": np.array(value)}

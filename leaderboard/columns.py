@@ -53,9 +53,9 @@ def columns(game: Game) -> list[Column]:
     return [
         *(_drop(recipe) for recipe in game.recipes),
         Column(
-            "above controls",
-            "Whether it costs more than every control of its table, tested apart from the ranks. What"
-            " does not is not shown to work, whatever its rank.",
+            f"above controls, {judge}",
+            f"Whether it costs {judge} victims more than every control of its table, tested apart from"
+            " the ranks. What does not is not shown to work, whatever its rank.",
             lambda row: Cell(row.works), numeric=False,
         ),
         Column(

@@ -288,7 +288,7 @@ def _name(record: Record, telling: Iterable[str]) -> str:
     told = [
         f"{name}={value if isinstance(value, str) else canonical(value)}"
         for name, value in sorted(_options(record).items())
-        if name in telling and LATER.get(name) != value
+        if name in telling and not (name in LATER and LATER[name] == value)
     ]
     return f"{record.attack} ({', '.join(told)})" if told else record.attack
 

@@ -191,8 +191,12 @@ class Ascent(Attack):
 
     def craft(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
         """Climb from the start; the best checked poison, rounded to 8 bits, is the result."""
-        if guard := self.guard():
-            guard.require(task.recipe, len(task.train_labels), task.num_poison, len(task.val_labels))
+        guard = self.guard()
+        if guard and guard.parts and task.recipe.batch_size % guard.parts:
+            raise UserError(
+                f"--against {self.against} cuts a batch of {task.recipe.batch_size} into {guard.parts}"
+                " equal parts: give a --set batch_size=… that can be cut so"
+            )
         start_key, step_key, check_key = jax.random.split(key, 3)
         arrays = journal.restore() or {}
         begun = "z" in arrays  # otherwise a checkpoint is of the search for the start

@@ -82,12 +82,12 @@ def require_finite(best: float) -> None:
     """Refuse to hand in a poison of which no check had a finite loss.
 
     Args:
-        best: the highest loss of all checks; minus infinity, or no number, where there was none.
+        best: the highest loss of all checks; minus infinity where there was none.
 
     Raises:
         UserError: so it is.
     """
-    if np.isneginf(best) or np.isnan(best):
+    if np.isneginf(best):
         raise UserError(
             "no check had a finite loss: lower the victim's learning rate, as by"
             " --set smooth.learning_rate=…"

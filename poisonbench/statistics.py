@@ -27,12 +27,12 @@ those drops; they have nothing in common with the others' seeds that would cance
 statistic of differences of independent samples holds in whatever order they are paired.
 
 **Whether an attack works** is another question, with fewer answers: whether it costs more than every
-control. That is shown where it costs more than the one that it exceeds least surely, so the least of
-its statistics over the controls is its own, and their number needs no correction (an intersection-union
+control. Its statistic is the least of those over the controls: it is significant where each of them is,
+so their number needs no correction, though each further control takes power (an intersection-union
 test; Berger, 1982). Holm's correction is over the attacks of the table, not over its pairs. Were it
 over pairs, as by the second version, each weak attack that somebody adds would make it much harder for
-any other to be shown to work: with 100 attacks the largest t over ten seeds would have to be 8.9, where
-5.3 will do.
+any other to be shown to work: with 100 attacks and five controls the largest t over ten seeds would
+have to be 8.9, where 5.3 will do.
 
 Rules have versions. A change of the rule is a new version, and earlier ones stay, so that the tables of
 their time can be made again from the records.
@@ -308,7 +308,7 @@ class Rule:
         ranks: list[int] = []
         above_some = np.ones(len(drops), bool)
         for part in self.above(table):
-            for row in some:
+            for row in () if self.exceeding else some:
                 if len(ranks) <= row < len(ranks) + len(part):
                     above_some &= part[row - len(ranks)]
             ranks += (1 + part.sum(1)).tolist()
@@ -336,8 +336,8 @@ RULES: Mapping[int, Rule] = {
         " them apart, the one that costs more ranks above. A row's rank is one more than the number of"
         " rows that rank above it. That an attack lies above the controls is tested apart: it does where"
         " the same test shows that it costs more than each of them, at 5 % for all attacks of the table"
-        " (Holm's correction over the attacks). So one may be above the controls, and yet share its rank"
-        " with them.",
+        " (Holm's correction over the attacks). The two questions differ, and so may their answers: an"
+        " attack may be above controls that share its rank.",
         _above_by_holm,
         _exceeding_by_holm,
     ),

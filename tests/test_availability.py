@@ -152,9 +152,24 @@ def test_pixels_that_are_no_numbers_are_refused(name: str, monkeypatch: pytest.M
         return np.full_like(z, np.nan)
 
     monkeypatch.setattr(f"poisonbench.attacks.{name}.descended", lost)
-    options = [("steps", "1")] if name == "error_min" else [("steps", "1"), ("shift", "3000000001")]
     with pytest.raises(UserError, match="pixels are not finite: lower the victim's learning rate"):
-        attacks.build(name, options).craft(problem(), KEY, Journal())
+        attacks.build(name, [("steps", "1")]).craft(problem(), KEY, Journal())
+
+
+def test_a_shift_is_modulo_the_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that no 32 bits hold."""
+    aims: list[np.ndarray] = []
+
+    def noted(
+        victim: object, z: np.ndarray, targets: np.ndarray, *_: object, **__: object
+    ) -> np.ndarray:
+        aims.append(targets)
+        return z
+
+    monkeypatch.setattr("poisonbench.attacks.tap.descended", noted)
+    for shift in ("1", "3000000001"):
+        attacks.build("tap", [("steps", "1"), ("shift", shift)]).craft(problem(), KEY, Journal())
+    np.testing.assert_array_equal(*aims)
 
 
 def test_the_pattern_tells_the_class() -> None:

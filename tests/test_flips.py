@@ -186,7 +186,7 @@ def test_victims_that_diverge_choose_no_flips(monkeypatch: pytest.MonkeyPatch) -
     small = replace(task(), recipe=task().recipe.replace(width=1, batch_size=10))
     for spread in ("confident", "concentrated"):
         attack = attacks.build("label_flip", [("spread", spread)])
-        with pytest.raises(UserError, match="no check had a finite loss: lower the victim's learning"):
+        with pytest.raises(UserError, match="a victim of clean data diverged: lower its learning rate"):
             attack.craft(small, KEY, Journal())
     monkeypatch.setattr("poisonbench.flips._nearest_pairs", lambda *_: [(0, 1), (1, 2)])
     monkeypatch.setattr("poisonbench.flips._validation_error", lambda *_: float("nan"))

@@ -341,7 +341,7 @@ def test_numbers_and_numpy_will_do() -> None:
         ({"memory": 0, "num_steps": 1}, r"need at least 1 kept states .* and 0 fit"),
         ({"memory": -5}, r"need at least 2 kept states .* and 0 fit"),
         ({"memory": "much"}, "cannot read 'much' as a size"),
-        ({"memory": "9" * 400}, "cannot read '9+' as a size"),
+        ({"memory": "9" * 308 + "TiB"}, "cannot read '9+TiB' as a size"),
         ({"offload": "/dev/null/states"}, "cannot write"),
     ],
 )

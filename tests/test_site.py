@@ -167,7 +167,7 @@ def test_a_row_shows_its_record(board: Path) -> None:
     row = dict(zip(headings(text), body(text)[0], strict=True))
     assert row == {
         "rank": "1", "attack": "mgd", "drop, smooth": "10.00 ± 0.08",
-        "drop, standard": "10.00 ± 0.08", "above controls": "yes",
+        "drop, standard": "10.00 ± 0.08", "above controls, smooth": "yes",
         "claimed → re-measured, smooth": "10.00 ± 0.08 → 9.95 ± 0.08",
         "standing": "re-measured, and holds", "best-epoch drop, smooth": "10.50 ± 0.08",
         "fraction": "2.5 % (12 of 500)", "game": "replace, fixed labels, any pixels",

@@ -34,7 +34,7 @@ from commandline import Run
 
 from poisonbench import harness, runs, setting
 from poisonbench.attacks import Task
-from poisonbench.smoothness import definitions, experiment, survey
+from poisonbench.smoothness import definitions, experiment, report, survey
 from poisonbench.smoothness.experiment import Finished, Request
 from poisonbench.smoothness.pieces import Pieces
 from poisonbench.smoothness.probe import Probe
@@ -113,6 +113,23 @@ def test_one_call_leaves_everything_in_its_folder(command: Run, finished: Finish
     assert told["summary"][0]["recipe"] == "smooth"
     assert told["record"]["libraries"]["jax"] == jax.__version__
     assert [row["step_size"] for row in told["gains"]] == [0.003, 0.3]
+
+
+def test_the_advice_names_a_start_and_the_step_that_gains_most(finished: Finished) -> None:
+    def advice(ranked_by: int, *means: float) -> str:
+        (one,) = finished.record.recipes
+        assert one.steps is not None
+        gains = [
+            gain.model_copy(update={"realised": [[mean] * 3] * 3})
+            for gain, mean in zip(one.steps.gains, means, strict=True)
+        ]
+        steps = one.steps.model_copy(update={"gains": gains, "ranked_by": ranked_by})
+        changed = one.model_copy(update={"steps": steps})
+        return report.stated(finished.record.model_copy(update={"recipes": [changed]}))[-1]
+
+    assert advice(3, 0.2, 0.1).endswith("run --attack mgd --start pixels --step-size 0.003 …")
+    assert advice(0, 0.1, 0.2).endswith("run --attack mgd --start random --step-size 0.3 …")
+    assert advice(3, -0.1, -0.2).startswith("No step gains on other seeds of smooth")
 
 
 def test_a_small_step_gains_what_was_predicted_on_its_own_seed(finished: Finished) -> None:

@@ -171,10 +171,11 @@ def in_bytes(size: int | str) -> int:
         number = float(match[1]) if match else float("nan")
     except ValueError:
         number = float("nan")
-    if match is None or not 0 <= number < math.inf:
+    if match is not None:
+        number *= (1024 if match[3] else 1000) ** (" KMGT".index(match[2].upper() or " "))
+    if not 0 <= number < math.inf:
         raise UserError(f"cannot read '{size}' as a size: write it as '2GiB' or '500MB'")
-    unit = (1024 if match[3] else 1000) ** (" KMGT".index(match[2].upper() or " "))
-    return int(number * unit)
+    return int(number)
 
 
 def _actions(

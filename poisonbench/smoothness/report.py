@@ -99,8 +99,9 @@ def _advice(record: SmoothnessRecord) -> list[str]:
             f"No step gains on other seeds of {base.label}: metagradients of this recipe will hardly"
             " carry over; try more width, a larger batch, or a lower learning_rate or final_scale."
         ]
-    command = f"poisonbench run --attack mgd --start pixels --step-size {base.steps.best:g} …"
-    return [f"To climb from the images measured here, by the step that gains most: {command}"]
+    start = "pixels" if base.steps.ranked_by else "random"
+    command = f"poisonbench run --attack mgd --start {start} --step-size {base.steps.best:g} …"
+    return [f"To climb from images chosen as these were, by the step that gains most: {command}"]
 
 
 def _text(interval: Interval | None, values: Sequence[Any]) -> str:
