@@ -114,7 +114,7 @@ def main(
         raise typer.BadParameter(str(error)) from None
     images, shape = size(preset.dataset)
     poisons = preset.budget.count(images)
-    mgd: Any = attacks.build("mgd", list(preset.attack_options.get("mgd", {}).items()))
+    mgd: Any = attacks.build("mgd", list(preset.options("mgd", preset.budget.labels).items()))
     costs = {
         name: cost(recipe, images, shape, poisons, mgd.memory) for name, recipe in preset.recipes.items()
     }

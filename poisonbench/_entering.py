@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -172,10 +172,14 @@ def _set_by_tracks(name: str) -> list[str]:
     """Which defaults of an attack are others on some tracks."""
     from poisonbench.tracks import TRACKS
 
-    typed = {track.name: track.attack_options.get(name, {}) for track in TRACKS.values()}
+    typed: dict[str, Mapping[str, str]] = {}
+    for track in TRACKS.values():
+        typed[track.name] = fixed = track.options(name, "fixed")
+        if (free := track.options(name, "free")) != fixed:
+            typed[f"{track.name} with free labels"] = free
     return [
-        f"On {track}: {' '.join(f'--{option} {value}' for option, value in options.items())}"
-        for track, options in typed.items()
+        f"On {where}: {' '.join(f'--{option} {value}' for option, value in options.items())}"
+        for where, options in typed.items()
         if options
     ]
 

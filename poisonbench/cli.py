@@ -333,7 +333,8 @@ def _request(given: dict[str, Any]) -> Any:
     setting = _setting(given)
     context: typer.Context = given["context"]
     name: str = given["attack"]
-    options = dict(setting.track.attack_options.get(name, {})) | dict(_entering.pairs(context.args))
+    preset = setting.track.options(name, setting.budget.labels)
+    options = dict(preset) | dict(_entering.pairs(context.args))
     own = [option for parameter in context.command.params for option in parameter.opts]
     attack = attacks.build(name, list(options.items()), also_known=own)
     return runs.Request(setting, name, attack, given["seed"], _command())

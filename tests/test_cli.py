@@ -21,12 +21,14 @@ import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from commandline import Run, cli, refused
 
 import poisonbench
 from poisonbench import attacks, harness, runs
+from poisonbench.errors import UserError
 from poisonbench.journal import Journal
 from poisonbench.records import Record
 from poisonbench.threat import PoisonSet
@@ -222,6 +224,28 @@ def test_list_shows_everything_there_is(as_json: bool, command: Run) -> None:
     else:
         for name in [*attacks.names(), *TRACKS, "tfds:<name>"]:
             assert f"\n  {name} " in out
+
+
+def test_an_attack_gets_what_its_track_sets_for_the_game(
+    monkeypatch: pytest.MonkeyPatch, command: Run
+) -> None:
+    seen: list[Any] = []
+
+    def noted(request: Any, *_: Any, **__: Any) -> None:
+        seen.append(request.attack)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(runs, "run", noted)
+    base = ["run", "--attack", "mgd", "--track", "cifar10-small"]
+    for words in ([], ["--steps", "5"], ["--labels", "free"], ["--labels", "free", "--goal", "error"]):
+        assert command(*base, *words)[0] == 2
+    assert [(a.start, a.steps) for a in seen] == [
+        ("pixels", 24),
+        ("pixels", 5),
+        ("pair", 8),
+        ("pair", 8),
+    ]
+    assert [a.temperature for a in seen] == [1, 1, 0.5, 0.5]
 
 
 def test_craft_prints_the_path_and_evaluate_takes_it(command: Run, tmp_path: Path) -> None:

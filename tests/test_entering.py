@@ -130,11 +130,15 @@ def test_show_tells_every_option(name: str, command: Run) -> None:
 
 
 def test_what_tracks_set_is_told(command: Run) -> None:
-    set_there = TRACKS["cifar10-small"].attack_options["mgd"]
-    assert set_there
-    line = "On cifar10-small: " + " ".join(f"--{name} {value}" for name, value in set_there.items())
-    assert line in command("show", "mgd")[1]
-    assert line in " ".join(command("run", "--attack", "mgd", "--help")[1].split())
+    track = TRACKS["cifar10-small"]
+    fixed, free = track.options("mgd", "fixed"), track.options("mgd", "free")
+    assert fixed["start"] != free["start"]
+    for where, preset in (("cifar10-small", fixed), ("cifar10-small with free labels", free)):
+        line = f"On {where}: " + " ".join(f"--{name} {value}" for name, value in preset.items())
+        assert line in command("show", "mgd")[1]
+        assert line in " ".join(command("run", "--attack", "mgd", "--help")[1].split())
+    assert track.options("es", "free") == track.options("es", "fixed") != {}
+    assert "cifar10-small with free labels" not in command("show", "es")[1]
     assert "On cifar10" not in command("show", "noise")[1]
 
 
