@@ -33,6 +33,9 @@ random images exact metagradients (`mgd --start random`), at about as many train
 which is not above all controls either, if barely: held-out loss rises from 0.080 to 0.152, by evolution
 strategies to 0.095.
 
+On `cifar10-small` (100 of 4,000 images, ten pairs, 24 metasteps from random images) 0.68 ± 0.45 (smooth)
+and 0.90 ± 0.81 (standard), where noise takes 0.50 ± 0.48.
+
 Cost: `steps × 2 × pairs` victim trainings, and `check_seeds` at every check. A metastep of two pairs
 is four trainings, where a metagradient costs three to four.
 """
