@@ -71,6 +71,7 @@ def _gains(axes: Axes, survey: Survey) -> None:
             )
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.set_xscale("log")
+    axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)  # of a lone size no scale can be found
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes.minorticks_off()
     axes.set_yscale("symlog", linthresh=1e-3)  # predictions of rough recipes leave any linear scale
