@@ -67,7 +67,8 @@ def update(
 
     Args:
         results: where the records are, and where the tables go.
-        readme: a page whose part between the markers is replaced by the frozen tracks' tables.
+        readme: a page whose part between the markers is replaced by the frozen tracks' tables, those of
+            the tracks' own fractions.
         check: write nothing.
         site: where the static site goes, if it is wanted.
 
@@ -199,10 +200,15 @@ def _inserted(readme: Path, results: Path, games: list[Game]) -> str:
     if not (begin and end) or BEGIN in after or END in before + after:
         raise UserError(f"{readme} must hold the lines {BEGIN} and {END} once each, in this order")
     tables = _template("readme.md.j2").render(
-        games=[game for game in games if game.frozen and game.ranked],
+        games=[game for game in games if game.frozen and game.ranked and _of_its_track(game)],
         root=Path(os.path.relpath(results, readme.parent)).as_posix(),
     )
     return f"{before}{BEGIN}\n{tables}{END}{after}"
+
+
+def _of_its_track(game: Game) -> bool:
+    """Whether the fraction is the track's own; a first page has no room for every other."""
+    return game.ranked[0].record.budget.fraction == TRACKS[game.track].budget.fraction
 
 
 def _csv(game: Game) -> str:

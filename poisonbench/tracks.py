@@ -197,7 +197,7 @@ core, with `--train-size 100 --val-size 250 --test-size 250 --set epochs=1 --set
 
 AVAILABILITY = Track(
     name="availability",
-    summary="every image of cifar10-small may move by 8/255, labels kept; `tap` 70 minutes on one core",
+    summary="every image of cifar10-small may move by 8/255, labels kept; about an hour on one core",
     dataset=CIFAR10_SMALL.dataset,
     budget=Budget(fraction=1, pixels=LInf(radius=8)),
     recipes=CIFAR10_SMALL.recipes,

@@ -3,7 +3,8 @@
 Claims of `poisonbench.leaderboard.tables` tested here:
 
 - `check` finds an edited, a missing and a left-over table, and writes nothing;
-- only what stands between the markers of a page is replaced; a page without them is refused;
+- only what stands between the markers of a page is replaced, by tables of the tracks' own fractions; a
+  page without them is refused;
 - a record that is not valid is refused, and none at all makes a page;
 - links lead to files that are there;
 - tables of an earlier version of the rules are made again in a folder of their own.
@@ -54,6 +55,10 @@ def test_check_finds_what_is_out_of_date(tmp_path: Path) -> None:
     assert stale.exists()
     assert tables.update(results, readme) == [stale]
     assert not stale.exists()
+
+    other = make("other", budget=make().budget.model_copy(update={"fraction": 0.1}))
+    assert readme not in tables.update(put(results, other), readme)
+    assert "other" in (results / "README.md").read_text("utf-8")
 
     put(results, make("new"))
     changed = tables.update(results, readme, check=True)
