@@ -216,7 +216,10 @@ def _draw_fractions(numbers: dict[str, Any]) -> Figure:
         x = [100 * point["fraction"] for point in line["points"]]
         y, half = ([point[name] for point in line["points"]] for name in ("drop", "half"))
         axes.errorbar(x, y, half, fmt="o-", label=line["name"], capsize=2)
+    shares = sorted({100 * point["fraction"] for line in numbers["lines"] for point in line["points"]})
     axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    axes.minorticks_off()
     axes.set_ylabel(f"points lost, {numbers['victims']} victims")
     _finish(axes, "share of the training set poisoned, %")
     return figure
