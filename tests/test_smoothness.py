@@ -299,7 +299,7 @@ def test_what_is_not_finite_is_reported_as_such(
     assert (tmp_path / "gains.png").stat().st_size > 1000
     report.show(made, tmp_path)
     out = capsys.readouterr().out
-    assert "--attack mgd --step-size 0.1 …" in out
+    assert "--attack mgd --start pixels --step-size 0.1 …" in out
     assert "by 3 other seeds (finite: standard none; random images where none is)" in out
     assert str(tmp_path / "grid.csv") in out
     row = tables.summary(made)[1]
