@@ -22,13 +22,12 @@ from urllib.parse import quote
 import jinja2
 import pandas as pd
 
-from poisonbench import records
+from poisonbench import records, tracks
 from poisonbench._files import require_writable, write_text
 from poisonbench.errors import UserError
 from poisonbench.records import Record
 from poisonbench.statistics import CONFIDENCE, CURRENT, RULES, Interval, as_columns, mean_interval
 from poisonbench.threat import LInf
-from poisonbench.tracks import TRACKS
 
 from .columns import marks
 from .defended import defense_tables, left_out
@@ -163,9 +162,12 @@ class _Board:
 
 def _files(board: _Board, rules: int) -> dict[Path, str]:
     games, several, figures = board.games, board.defense_tables, board.figures
-    tracks = [(t, [g for g in games if g.frozen and g.track == t.name]) for t in TRACKS.values()]
+    frozen = [
+        (track, [game for game in games if game.frozen and game.track == name])
+        for name, track in tracks.TRACKS.items()
+    ]
     page = _template("results.md.j2").render(
-        tracks=tracks,
+        tracks=frozen,
         custom=[game for game in games if not game.frozen],
         set_aside=[(game, row) for game in games for row in game.set_aside],
         figures=figures,
@@ -178,7 +180,7 @@ def _files(board: _Board, rules: int) -> dict[Path, str]:
         defended_of={table.game.slug: table for table in several},
         curves={
             name: [path for path, picture in figures.items() if picture.numbers.get("track") == name]
-            for name in TRACKS
+            for name in tracks.TRACKS
         },
         percent=f"{CONFIDENCE:.0%}".replace("%", " %"),
     )
@@ -208,7 +210,7 @@ def _inserted(readme: Path, results: Path, games: list[Game]) -> str:
 
 def _of_its_track(game: Game) -> bool:
     """Whether the fraction is the track's own; a first page has no room for every other."""
-    return game.ranked[0].record.budget.fraction == TRACKS[game.track].budget.fraction
+    return game.ranked[0].record.budget.fraction == tracks.TRACKS[game.track].budget.fraction
 
 
 def _csv(game: Game) -> str:
