@@ -1,0 +1,272 @@
+"""What each choice in `mgd` is worth, one change at a time: `python -m benchmarks.choices`.
+
+Each row is the track's preset of `mgd` with one thing changed. Its poison is crafted as ever; then
+victims of every recipe train on it and are scored on *validation* images, with seeds of their own: what
+is chosen by this table has seen neither the test split nor an evaluation seed. The attack has climbed on
+those images, so its drops compare with each other and not with those of the leaderboard.
+
+*What chance does.* The intervals are over victims alone, paired row by row; another crafting seed gives
+another poison. The preset is crafted with further seeds, and a change is worth something where it leaves
+their range.
+
+*Cost.* A change may make crafting dearer or cheaper; seconds are shown beside the drop. Where more runs
+are averaged in a metastep, as many fewer metasteps are taken.
+
+A benchmark that was killed goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import typer
+from pydantic import Field
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import choice_pictures
+from poisonbench import attacks, harness, runs, setting
+from poisonbench._files import require_writable
+from poisonbench.data import DataSpec
+from poisonbench.errors import UserError, plain
+from poisonbench.setting import Setting
+from poisonbench.statistics import Interval, mean_interval, paired_drop
+from poisonbench.stored import Config, Count, Frozen, Measured, Name, now, provenance
+from poisonbench.threat import Budget
+
+OUT = Path("benchmarks", "results", "choices")
+SEEDS_FROM = 1000
+"""The first seed of the victims that choose: far from those that evaluate, which count from 0."""
+PRESET = "preset"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that is done otherwise.
+
+    Attributes:
+        group: what kind of choice it is.
+        options: hyperparameters of `mgd`, as typed.
+        widths: by how much the surrogate is wider than the victims.
+        seed: of the attack.
+    """
+
+    group: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    widths: int = 1
+    seed: int = 0
+
+    @property
+    def title(self) -> str:
+        """What is changed, in the words of the command line."""
+        changed = [f"{name}={value}" for name, value in self.options.items()]
+        changed += [f"seed={self.seed}"] * (self.seed != 0)
+        changed += [f"surrogate {self.widths} times as wide"] * (self.widths != 1)
+        return ", ".join(changed) or PRESET
+
+
+def changes(preset: Any) -> list[Change]:
+    """The preset first, again with other seeds, and then what is tried of a preset of `mgd`."""
+    other = "cross_entropy" if preset.goal == "error" else "error"
+    starts = ("influence", "pixels", "flips", "pair", "random")
+    tried: dict[str, list[dict[str, str]]] = {
+        "start": [{"start": start} for start in starts if start != preset.start],
+        "goal": [
+            {"goal": other},
+            {"temperature": _number(0.5 if preset.temperature == 1 else 1)},
+            {"goal": other, "temperature": _number(0.5 if preset.temperature == 1 else 1)},
+        ],
+        "update": [
+            {"update": "sign"},
+            {"update": "sign", "step-size": _number(preset.step_size / 4)},
+            {"momentum": "0"},
+            {"momentum": "0.95"},
+        ],
+        "step": [
+            {"step-size": _number(preset.step_size / 3)},
+            {"step-size": _number(preset.step_size * 3)},
+        ],
+        "runs": [
+            {"runs-per-step": f"{k}", "steps": f"{max(1, round(preset.steps / k))}"} for k in (2, 4)
+        ],
+        "truncated": [{"differentiated": f"{share:g}"} for share in (0.5, 0.25)],
+        "length": [
+            {"steps": "0"},
+            {"steps": f"{preset.steps // 2}"},
+            {"steps": f"{2 * preset.steps}"},
+        ],
+    }
+    return [
+        *(Change(PRESET, seed=seed) for seed in range(3)),
+        *(Change(group, options) for group, several in tried.items() for options in several),
+        Change("surrogate", widths=2),
+    ]
+
+
+class Row(Frozen):
+    """One change, measured.
+
+    Attributes:
+        group, title: see `Change`.
+        config: all hyperparameters of the attack.
+        crafting_seconds: wall time.
+        poisoned: accuracies in percent, by recipe, seed by seed.
+    """
+
+    group: Name
+    title: Annotated[str, Field(max_length=200)]
+    config: Config
+    crafting_seconds: float = Field(ge=0)
+    poisoned: dict[Name, list[float]]
+
+
+class Choices(Measured):
+    """What the choices in `mgd` are worth on one track.
+
+    Attributes:
+        track: whose data, victims and preset these are.
+        dataset: data, sizes and split.
+        budget: the game.
+        num_poison: images that may be poisoned.
+        seeds: of the victims.
+        clean: accuracies of clean victims in percent, by recipe, seed by seed.
+        rows: the preset first.
+    """
+
+    kind: ClassVar[str] = "file of choices"
+    schema_version: Literal[1] = 1
+    track: Name
+    dataset: DataSpec
+    budget: Budget
+    num_poison: Count
+    seeds: list[int]
+    clean: dict[Name, list[float]]
+    rows: list[Row] = Field(min_length=1)
+
+    def drop(self, row: Row, recipe: str) -> Interval:
+        """Accuracy lost to a row's poison, in points."""
+        return paired_drop(self.clean[recipe], row.poisoned[recipe])
+
+    def gain(self, row: Row, recipe: str) -> Interval:
+        """By how much it exceeds what the preset's takes, in points, over the same victims."""
+        pairs = zip(self.rows[0].poisoned[recipe], row.poisoned[recipe], strict=True)
+        return mean_interval([preset - changed for preset, changed in pairs])
+
+    def chance(self, recipe: str) -> tuple[float, float]:
+        """The smallest and the largest drop of the preset's poisons, crafting seed by crafting seed."""
+        drops = [self.drop(row, recipe).mean for row in self.rows if row.group == PRESET]
+        return min(drops), max(drops)
+
+
+def measure(game: Setting, several: Sequence[Change], out: Path, command: str) -> Choices:
+    """Craft and judge them all.
+
+    Args:
+        game: track, data and budget; its seeds are how many victims judge a poison.
+        several: the preset first.
+        out: where crafted poisons and finished victims are kept.
+        command: what was typed.
+
+    Raises:
+        UserError: an attack does not suit the budget, or the poison breaks it.
+    """
+    where = provenance(command)
+    dataset = runs.load_data(game)
+    judged = replace(dataset, test_images=dataset.val_images, test_labels=dataset.val_labels)
+    seeds = [SEEDS_FROM + seed for seed in game.seeds]
+    preset = game.track.options("mgd", game.budget.labels)
+    clean: dict[str, list[float]] = {}
+    rows: list[Row] = []
+    for i, change in enumerate(several):
+        print(f"{i + 1} of {len(several)}: {change.title}", file=sys.stderr)
+        attack = attacks.build("mgd", list({**preset, **change.options}.items()))
+        request = runs.Request(_wider(game, change.widths), "mgd", attack, change.seed, command)
+        crafted = runs.craft(request, out)
+        victims = harness.evaluate(
+            judged, crafted.poison, game.recipes, seeds, out / game.track.name / "victims"
+        ).victims
+        clean = {v.recipe_name: v.clean for v in victims}
+        rows.append(
+            Row(
+                group=change.group, title=change.title, config=attacks.config(attack),
+                crafting_seconds=round(crafted.seconds, 1),
+                poisoned={v.recipe_name: v.poisoned for v in victims},
+            )
+        )  # fmt: skip
+    return Choices(
+        track=game.track.name, dataset=game.dataset, budget=game.budget,
+        num_poison=game.budget.count(len(dataset.train_labels)), seeds=seeds, clean=clean, rows=rows,
+        **where | {"created": now()},
+    )  # fmt: skip
+
+
+def _wider(game: Setting, times: int) -> Setting:
+    """The same with a wider surrogate; the victims that judge are others."""
+    surrogate = game.surrogate.replace(width=times * game.surrogate.width)
+    return replace(game, recipes={**game.recipes, game.track.surrogate: surrogate})
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}"
+
+
+def show(result: Choices) -> None:
+    """As a table on standard output."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{result.track}: {result.budget.game()}")
+    table.add_column("changed")
+    for name in result.clean:
+        table.add_column(f"drop, {name}", justify="right")
+        table.add_column("over the preset's", justify="right")
+    table.add_column("crafting", justify="right")
+    for row in result.rows:
+        cells = [f(row, name) for name in result.clean for f in (result.drop, result.gain)]
+        table.add_row(row.title, *map(str, cells), f"{row.crafting_seconds:,.0f} s")
+    # A pipe or a file has no width of its own, and rich would take 80 columns.
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+def main(
+    track: Annotated[str, typer.Option(help="Preset of data, victims and mgd.")] = "digits",
+    labels: Annotated[str | None, typer.Option(help="`fixed` or `free`.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="TFDS data directory.")] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help="Only choices of this kind, such as `start`. Repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Victims of each recipe that judge a poison.")] = 10,
+    runs_: Annotated[Path, typer.Option("--runs", help="Folder of crafted poisons.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Folder of the file and its picture.")] = OUT,
+) -> None:
+    """Measure what choices in mgd are worth, and draw it."""
+    command = shlex.join(["python", "-m", "benchmarks.choices", *sys.argv[1:]])
+    try:
+        require_writable(out)
+        game = setting.resolve(
+            track=track, dataset=None, data_dir=data_dir, sizes={}, fraction=None, labels=labels,
+            radius=None, overrides=(), seeds=seeds,
+        )  # fmt: skip
+        preset = attacks.build("mgd", list(game.track.options("mgd", game.budget.labels).items()))
+        known = changes(preset)
+        groups = sorted({change.group for change in known})
+        for name in group or ():
+            if name not in groups:
+                raise UserError(f"--group {name}: known are {', '.join(groups)}")
+        wanted = [c for c in known if c.group == PRESET or not group or c.group in group]
+        result = measure(game, wanted, runs_, command)
+        name = f"{track}-{game.budget.labels}"
+        result.save(out / f"{name}.json")
+        choice_pictures.write(result, out / f"{name}.png")
+    except UserError as error:
+        print(f"error: {plain(str(error))}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    show(result)
+    print(f"wrote {out / name}.json and .png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,88 @@
+"""The table of what choices in `mgd` are worth: changes that are some, scored on validation alone.
+
+The preset is that of digits with a hundred images and victims of width 2, judged by two of them; each
+row is held against what the harness gives for the same poison.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+
+from benchmarks import choice_pictures, choices
+from benchmarks.choices import Change, Choices
+from poisonbench import attacks, harness, runs, tracks
+from poisonbench.errors import UserError
+from poisonbench.setting import Setting
+from poisonbench.tracks import DIGITS
+
+
+def small() -> Setting:
+    """Digits at a size at which a test can train its victims."""
+    recipes = {
+        name: recipe.replace(network="cnn", width=2, epochs=1, batch_size=50)
+        for name, recipe in DIGITS.recipes.items()
+    }
+    options = {"mgd": {"start": "random", "steps": "1", "check-every": "1", "check-seeds": "1"}}
+    spec = DIGITS.dataset.model_copy(update={"train_size": 100, "val_size": 50, "test_size": 50})
+    track = replace(
+        DIGITS, dataset=spec, recipes=MappingProxyType(recipes), attack_options=MappingProxyType(options)
+    )
+    return Setting(track, (), spec, None, DIGITS.budget, recipes, (0, 1))
+
+
+@pytest.mark.parametrize("track", ["digits", "cifar10-small"])
+@pytest.mark.parametrize("labels", ["fixed", "free"])
+def test_every_change_changes_one_thing_of_the_preset(track: str, labels: str) -> None:
+    options = tracks.load(track).options("mgd", labels)  # type: ignore[arg-type]
+    preset = attacks.build("mgd", list(options.items()))
+    known = choices.changes(preset)
+    assert known[0].title == choices.PRESET
+    assert len({change.title for change in known}) == len(known)
+    for change in known[1:]:
+        changed = attacks.build("mgd", list({**options, **change.options}.items()))
+        assert (changed != preset) == bool(change.options)
+        assert bool(change.options) + (change.seed != 0) + (change.widths != 1) == 1
+
+
+def test_rows_are_what_the_harness_gives_on_validation_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    game = small()
+    dataset = runs.load_data(game)
+    pills = replace(
+        dataset, test_images=255 - dataset.test_images, test_labels=dataset.test_labels[::-1]
+    )
+    several = [Change("preset"), Change("length", {"steps": "0"}), Change("surrogate", widths=2)]
+    result = choices.measure(game, several, tmp_path, "measure")
+    monkeypatch.setattr(runs, "load_data", lambda _: pills)
+    again = choices.measure(game, several, tmp_path / "again", "measure")
+    assert (again.clean, [r.poisoned for r in again.rows]) == (
+        result.clean,
+        [r.poisoned for r in result.rows],
+    )
+
+    attack = attacks.build("mgd", list({**game.track.attack_options["mgd"], "steps": "0"}.items()))
+    poison = runs.craft(runs.Request(game, "mgd", attack, 0, ""), tmp_path).poison
+    judged = replace(dataset, test_images=dataset.val_images, test_labels=dataset.val_labels)
+    (smooth, standard) = harness.evaluate(judged, poison, game.recipes, result.seeds).victims
+    assert result.rows[1].poisoned == {"smooth": smooth.poisoned, "standard": standard.poisoned}
+    assert not set(result.seeds) & set(range(game.track.seeds))
+    assert result.gain(result.rows[0], "smooth").mean == 0
+    lost = np.mean(result.rows[0].poisoned["smooth"]) - np.mean(result.rows[1].poisoned["smooth"])
+    assert result.gain(result.rows[1], "smooth").mean == pytest.approx(lost)
+
+    result.save(tmp_path / "digits.json")
+    assert Choices.load(tmp_path / "digits.json") == result
+    assert choice_pictures.write(result, tmp_path / "digits.png").stat().st_size > 10_000
+    choices.show(result)
+
+
+def test_an_attack_that_does_not_suit_the_game_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="start"):
+        choices.measure(small(), [Change("start", {"start": "nowhere"})], tmp_path, "measure")
+    assert not list(tmp_path.iterdir())
