@@ -21,8 +21,8 @@ from poisonbench.tracks import DIGITS
 if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("NOT TESTED: benchmarks/ is part of the checkout only", allow_module_level=True)
 
-from benchmarks import choice_pictures, choices  # noqa: E402
-from benchmarks.choices import Change, Choices  # noqa: E402
+from benchmarks import choice_pictures, choices
+from benchmarks.choices import Change, Choices
 
 
 def small() -> Setting:
