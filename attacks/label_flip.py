@@ -3,13 +3,14 @@
 Random flips are the usual control. Confident ones give the images that clean victims are surest of the
 labels that they find least likely. The same number of flips, all from one class to its nearest
 neighbour, moves the boundary between the two and is the attack to beat wherever labels are free. (Flips
-ranked by metagradients are `mgd --steps 0`.)
+ranked by metagradients are `mgd --start influence --steps 0`.)
 
 Where labels are fixed and pixels are not, copies of the images take places of the classes that the wrong
 labels name: the same wrong pairs, but most originals stay.
 
 Paper: Biggio, Nelson and Laskov, "Support Vector Machines Under Adversarial Label Noise", ACML 2011,
-https://proceedings.mlr.press/v20/biggio11.html, for the idea; the three ways to choose are ours.
+https://proceedings.mlr.press/v20/biggio11.html, for random flips; the confident and the concentrated
+choice are ours.
 
 Cost: random, none; confident, `trial_seeds` victim trainings; concentrated,
 `(candidates + 1) × trial_seeds`.

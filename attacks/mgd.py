@@ -87,12 +87,13 @@ class MGD(Ascent):
     """The attack of the metagradient paper; the other options are those of `Ascent`.
 
     Attributes:
-        runs_per_step: metagradients averaged in a metastep, each of a run of its own randomness.
+        runs_per_step: metagradients averaged in a metastep, each of a run of its own randomness. A kill
+            costs those of its metastep that are done.
         differentiated: share of the run, from its end back, that the gradient goes through. What earlier
             steps owe to the poison is left out; at 1 nothing is, and the gradient is exact.
         memory: for the states of a training that a metagradient may keep, such as `32GiB`: the more, the
             fewer of its steps are made again. The gradient is the same. A metagradient that is killed
-            goes on from a file of about as much, written at most once a minute.
+            goes on from a file of at most as much, written at most once a minute.
         start: `influence` takes the wrong pairs of image and label that metagradients rank highest;
             `pixels` the images that they rank highest, with their own labels, and so does `influence`
             where labels are fixed within a radius; `flips` the best concentrated flips, or copies of

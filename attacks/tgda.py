@@ -31,7 +31,8 @@ Published: no figure for this game was at hand.
 
 Measured on `digits` (12 of 500 images, fixed labels, ten pairs of smooth victims): 0.22 ± 0.29 points
 lost, no more than to noise; on `cifar10-small` (100 of 4,000) 0.53 ± 0.31, and to noise 0.50 ± 0.48.
-Held-out loss of victims trained on the poison hardly moves: at the six checks it is 1.407 to 1.416.
+Held-out loss of victims trained on the poison hardly moves: at the six checks on `cifar10-small` it is
+1.407 to 1.416.
 
 Cost: in each round, twenty steps on a batch and 17 second-order products, about as much as 60 steps of
 training; and `check_seeds` victim trainings at every check.

@@ -5,9 +5,10 @@ victims of every recipe train on it and are scored on *validation* images, with 
 is chosen by this table has seen neither the test split nor an evaluation seed. The attack has climbed on
 those images, so its drops compare with each other and not with those of the leaderboard.
 
-*What chance does.* The intervals are over victims alone, paired row by row; another crafting seed gives
-another poison. The preset is crafted with further seeds, and a change is worth something where it leaves
-their range.
+*What chance does.* The intervals are over victims alone; another crafting seed gives another poison. The
+preset is crafted with several seeds, which say where one more of its poisons would be found with 95 %
+confidence: the band, wide as it is where they are few. What lies in it is not told from chance, and of
+twenty changes that are worth nothing one leaves it.
 
 *Cost.* A change may make crafting dearer or cheaper; seconds are shown beside the drop. Where more runs
 are averaged in a metastep, as many fewer metasteps are taken.
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import typer
 from pydantic import Field
 from rich import box
@@ -36,7 +38,7 @@ from poisonbench._files import require_writable
 from poisonbench.data import DataSpec
 from poisonbench.errors import UserError, plain
 from poisonbench.setting import Setting
-from poisonbench.statistics import Interval, mean_interval, paired_drop
+from poisonbench.statistics import Interval, paired_drop, quantile
 from poisonbench.stored import Config, Count, Frozen, Measured, Name, now, provenance
 from poisonbench.threat import Budget
 
@@ -136,7 +138,7 @@ class Choices(Measured):
         num_poison: images that may be poisoned.
         seeds: of the victims.
         clean: accuracies of clean victims in percent, by recipe, seed by seed.
-        rows: the preset first.
+        rows: the preset first, with its several crafting seeds.
     """
 
     kind: ClassVar[str] = "file of choices"
@@ -153,15 +155,23 @@ class Choices(Measured):
         """Accuracy lost to a row's poison, in points."""
         return paired_drop(self.clean[recipe], row.poisoned[recipe])
 
-    def gain(self, row: Row, recipe: str) -> Interval:
-        """By how much it exceeds what the preset's takes, in points, over the same victims."""
-        pairs = zip(self.rows[0].poisoned[recipe], row.poisoned[recipe], strict=True)
-        return mean_interval([preset - changed for preset, changed in pairs])
+    def gain(self, row: Row, recipe: str) -> float:
+        """By how much that exceeds the mean over the preset's poisons, in points."""
+        return self.drop(row, recipe).mean - float(np.mean(self._preset(recipe)))
 
     def chance(self, recipe: str) -> tuple[float, float]:
-        """The smallest and the largest drop of the preset's poisons, crafting seed by crafting seed."""
-        drops = [self.drop(row, recipe).mean for row in self.rows if row.group == PRESET]
-        return min(drops), max(drops)
+        """Where the drop of one more of the preset's poisons would lie, with 95 % confidence."""
+        drops = self._preset(recipe)
+        half = quantile(len(drops) - 1) * float(np.std(drops, ddof=1)) * (1 + 1 / len(drops)) ** 0.5
+        return float(np.mean(drops)) - half, float(np.mean(drops)) + half
+
+    def told(self, row: Row, recipe: str) -> bool:
+        """Whether its drop lies outside of that."""
+        low, high = self.chance(recipe)
+        return not low <= self.drop(row, recipe).mean <= high
+
+    def _preset(self, recipe: str) -> list[float]:
+        return [self.drop(row, recipe).mean for row in self.rows if row.group == PRESET]
 
 
 def measure(game: Setting, several: Sequence[Change], out: Path, command: str) -> Choices:
@@ -206,6 +216,30 @@ def measure(game: Setting, several: Sequence[Change], out: Path, command: str) -
     )  # fmt: skip
 
 
+def chosen(game: Setting, groups: Sequence[str]) -> list[Change]:
+    """The preset and its changes of these kinds, or of all, as far as the game allows them.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    options = game.track.options("mgd", game.budget.labels)
+    known = changes(attacks.build("mgd", list(options.items())))
+    kinds = sorted({change.group for change in known})
+    for name in groups:
+        if name not in kinds:
+            raise UserError(f"--group {name}: known are {', '.join(kinds)}")
+    wanted = [c for c in known if c.group == PRESET or not groups or c.group in groups]
+    return [change for change in wanted if _allowed(change, options, game.budget)]
+
+
+def _allowed(change: Change, options: Mapping[str, str], budget: Budget) -> bool:
+    try:
+        attacks.build("mgd", list({**options, **change.options}.items())).require(budget)
+    except UserError:
+        return False
+    return True
+
+
 def _wider(game: Setting, times: int) -> Setting:
     """The same with a wider surrogate; the victims that judge are others."""
     surrogate = game.surrogate.replace(width=times * game.surrogate.width)
@@ -223,10 +257,19 @@ def show(result: Choices) -> None:
     for name in result.clean:
         table.add_column(f"drop, {name}", justify="right")
         table.add_column("over the preset's", justify="right")
+        table.add_column("", justify="left")
     table.add_column("crafting", justify="right")
     for row in result.rows:
-        cells = [f(row, name) for name in result.clean for f in (result.drop, result.gain)]
-        table.add_row(row.title, *map(str, cells), f"{row.crafting_seconds:,.0f} s")
+        cells = [
+            cell
+            for name in result.clean
+            for cell in (
+                str(result.drop(row, name)),
+                f"{result.gain(row, name):+.2f}",
+                "outside the band" if row.group != PRESET and result.told(row, name) else "",
+            )
+        ]
+        table.add_row(row.title, *cells, f"{row.crafting_seconds:,.0f} s")
     # A pipe or a file has no width of its own, and rich would take 80 columns.
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
 
@@ -250,15 +293,11 @@ def main(
             track=track, dataset=None, data_dir=data_dir, sizes={}, fraction=None, labels=labels,
             radius=None, overrides=(), seeds=seeds,
         )  # fmt: skip
-        preset = attacks.build("mgd", list(game.track.options("mgd", game.budget.labels).items()))
-        known = changes(preset)
-        groups = sorted({change.group for change in known})
-        for name in group or ():
-            if name not in groups:
-                raise UserError(f"--group {name}: known are {', '.join(groups)}")
-        wanted = [c for c in known if c.group == PRESET or not group or c.group in group]
+        wanted = chosen(game, group or ())
+        # A part never takes the place of the whole.
+        name = "-".join([track, game.budget.labels, *sorted(set(group or ()))])
+        name += "" if seeds == game.track.seeds else f"-{seeds}-seeds"
         result = measure(game, wanted, runs_, command)
-        name = f"{track}-{game.budget.labels}"
         result.save(out / f"{name}.json")
         choice_pictures.write(result, out / f"{name}.png")
     except UserError as error:

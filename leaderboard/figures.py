@@ -165,7 +165,7 @@ def _fractions(games: list[Game]) -> dict[str, dict[str, Any]]:
         ]
         if drawn:
             title = group[0].title.rpartition(",")[0]
-            slug = re.sub(r"-[0-9.e-]+-of-the-set.*", "-by-fraction", group[0].slug)
+            slug = re.sub(r"-[0-9.]+(e-[0-9]+)?-of-the-set.*", "-by-fraction", group[0].slug)
             found[slug] = {"title": title, "victims": judge, "track": group[0].track, "lines": drawn}
     return found
 
@@ -175,7 +175,7 @@ def _draw_costs(numbers: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(11 if curves else 6, 4), layout="constrained")
     panels: Any = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
     figure.suptitle(numbers["title"], fontsize=10)
-    looks = {name: (f"C{i % 10}", "osD^v"[i // 10 % 5]) for i, name in enumerate(_names(numbers))}
+    looks = _looks(_names(numbers))
     labelled: set[str] = set()
     for point in numbers["points"]:
         color, marker = ("0.6", "o") if point["control"] else looks[point["name"]]
@@ -203,6 +203,11 @@ def _draw_costs(numbers: dict[str, Any]) -> Figure:
     return figure
 
 
+def _looks(names: list[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each."""
+    return {name: (f"C{i % 10}", "osD^v"[i // 10 % 5]) for i, name in enumerate(names)}
+
+
 def _names(numbers: dict[str, Any]) -> list[str]:
     """Attacks, in order of rank."""
     return [point["name"] for point in numbers["points"] if not point["control"]]
@@ -212,10 +217,12 @@ def _draw_fractions(numbers: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.set_title(numbers["title"], fontsize=10)
+    looks = _looks([line["name"] for line in numbers["lines"]])
     for line in numbers["lines"]:
+        color, marker = looks[line["name"]]
         x = [100 * point["fraction"] for point in line["points"]]
         y, half = ([point[name] for point in line["points"]] for name in ("drop", "half"))
-        axes.errorbar(x, y, half, fmt="o-", label=line["name"], capsize=2)
+        axes.errorbar(x, y, half, color=color, marker=marker, label=line["name"], capsize=2)
     shares = sorted({100 * point["fraction"] for line in numbers["lines"] for point in line["points"]})
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{share:g}" for share in shares])

@@ -81,7 +81,7 @@ class Row:
     @property
     def flagged(self) -> list[str]:
         """The recipes on which it claims more than the measurement allows."""
-        return [name for name, excess in self.excess.items() if excess.low > 0]
+        return self.verification.flagged(self.record) if self.verification else []
 
     def scores(self, recipe: str) -> VictimScores:
         """What victims of that recipe scored; the rows of a table share their recipes."""
@@ -149,6 +149,16 @@ class Game:
     ranked: list[Row]
     set_aside: list[Row]
     missing: list[str]
+
+    @property
+    def elsewhere(self) -> list[Row]:
+        """Rows whose clean victims are not those of most: of another kind of processor, as a rule."""
+        clean = {
+            row.folder: tuple(tuple(row.scores(name).clean) for name in self.recipes)
+            for row in self.ranked
+        }
+        usual = Counter(clean.values()).most_common(1)
+        return [row for row in self.ranked if clean[row.folder] != usual[0][0]]
 
 
 def read(results: Path, rules: int = CURRENT, found: Found | None = None) -> list[Game]:
@@ -358,10 +368,14 @@ def _with_ranks(rows: list[Row], recipe: str, rules: int) -> list[Row]:
 
 
 def _judged(row: Row, recipe: str) -> list[float]:
-    """The drops that decide a row's rank: a maintainer's, if on as many seeds, before its author's."""
+    """The drops that decide a row's rank: a maintainer's, if on as many seeds, before its author's.
+
+    Of more seeds the first count, since all rows of a table are compared by equally many.
+    """
     claimed = row.scores(recipe).drops
     measured = row.verification.victim(recipe) if row.verification else None
-    return measured.drops if measured and len(measured.drops) == len(claimed) else claimed
+    enough = measured is not None and len(measured.drops) >= len(claimed)
+    return measured.drops[: len(claimed)] if measured and enough else claimed
 
 
 def by_fraction(games: Iterable[Game]) -> list[list[Game]]:
@@ -376,9 +390,14 @@ def by_fraction(games: Iterable[Game]) -> list[list[Game]]:
 def lines(group: Iterable[Game]) -> list[tuple[str, list[tuple[float, Row]]]]:
     """Attacks that were crafted at two fractions or more: a name, and rows by fraction.
 
-    What was handed in as a file is left out: nobody can say that two such poisons are of one attack.
+    What was handed in is left out: nobody can say that two such poisons are of one attack.
     """
-    rows = [row for game in group for row in game.ranked if crafted(row.record)]
+    rows = [
+        row
+        for game in group
+        for row in game.ranked
+        if crafted(row.record) and manifest.FILE not in row.beside
+    ]
     telling = _telling_options([row.record for row in rows])
     found: dict[str, list[Row]] = {}
     for row in rows:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from poisonbench._files import content_hash, replacing
 
 Arrays = dict[str, np.ndarray]
+STALE = 3600.0
+"""Seconds after which nobody is still writing a file: it was left by a process that was killed."""
 
 
 def write(path: Path, arrays: Arrays, header: dict[str, Any]) -> None:
@@ -26,15 +29,18 @@ def write(path: Path, arrays: Arrays, header: dict[str, Any]) -> None:
     text = json.dumps(header)
     metadata = {"poisonbench": text, "hash": _hash(arrays, text)}
     with replacing(path) as temporary:
-        temporary.write_bytes(save(arrays, metadata))
+        save_file(arrays, temporary, metadata)
 
 
 def read(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
     """What was written, or None where there is nothing.
 
     A file that cannot be read, or whose content does not have its hash, is renamed and not deleted; a
-    warning on standard error names it.
+    warning on standard error names it. What a killed process left half written goes.
     """
+    for left in path.parent.glob(f".{path.stem}-*{path.suffix}"):
+        if time.time() - left.stat().st_mtime > STALE:
+            left.unlink(missing_ok=True)
     if not path.exists():
         return None
     try:

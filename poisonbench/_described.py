@@ -46,13 +46,13 @@ def options(cls: type) -> list[Option]:
 
 
 def said_of(cls: type, name: str) -> str:
-    """What the `Attributes:` of the class that declares a field say of it, in one line."""
-    # An inherited option is documented where it is declared, which is another class.
-    declares = next((c for c in cls.__mro__ if name in vars(c).get("__annotations__", {})), cls)
-    doc = inspect.cleandoc(declares.__doc__ or "")
-    _, _, attributes = doc.partition("Attributes:\n")
-    entry = re.search(rf"^ +{name}: *(.*(?:\n {{5,}}.*)*)", attributes, re.MULTILINE)
-    return " ".join(entry[1].split()) if entry else ""
+    """What `Attributes:` say of a field, in one line: the class's own or else those that it inherits."""
+    for declares in cls.__mro__:
+        _, _, attributes = inspect.cleandoc(declares.__doc__ or "").partition("Attributes:\n")
+        entry = re.search(rf"^ +{name}: *(.*(?:\n {{5,}}.*)*)", attributes, re.MULTILINE)
+        if entry:
+            return " ".join(entry[1].split())
+    return ""
 
 
 def described(cls: type) -> str:

@@ -104,7 +104,7 @@ class Ascent(Attack):
         start: which images: `random` draws them, with their own labels; `flips` takes the best
             concentrated ones, or copies of them where labels are fixed.
         start_seeds: victims trained on clean data, and for each pair of classes that `flips` tries.
-        candidates: class pairs that `flips` tries.
+        candidates: class pairs that a search for two classes tries.
         against: defences, with commas between and with their default options, that the victim is taken
             to train under: the attack is adaptive then. They must act in its steps alone.
     """

@@ -161,6 +161,7 @@ def best_concentrated_flips(
         tried = {"damage": np.zeros(0)}
         near = [pair for pair in _nearest_pairs(task, victims, guard) if _has_room(task, *pair)]
         tried["pairs"] = np.array(near[:candidates], np.int64).reshape(-1, 2)
+        journal.save(tried)
     pairs = tried["pairs"].tolist()
     if not pairs:
         raise UserError("no class has as many images as the budget changes: lower --fraction")

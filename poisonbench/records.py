@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from poisonbench.data import DataSpec
+from poisonbench.errors import UserError
 from poisonbench.statistics import Interval, mean_interval, paired_drop
 from poisonbench.stored import (
     DEFENSE,
@@ -27,7 +28,7 @@ from poisonbench.stored import (
     Seconds,
     Seed,
 )  # fmt: skip
-from poisonbench.threat import Budget
+from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.recipe import Recipe
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -149,7 +150,8 @@ class Record(Measured):
         surrogate: the recipe that the attack was crafted against, by name.
         victims: scores, recipe by recipe.
         poison_hash: content hash of the poison file.
-        crafting_seconds, evaluation_seconds: wall time on `hardware`.
+        crafting_seconds, evaluation_seconds: wall time on `hardware`; of a poison that was there before,
+            crafting on the machine that made it. None where it was handed in.
         status: `valid`; or `invalid`, or `superseded` by a later run of the same, with the reason in
             `remark`.
     """
@@ -191,6 +193,15 @@ class Record(Measured):
     def victim(self, name: str) -> VictimScores | None:
         """The scores on the recipe of that name, if it was measured."""
         return next((v for v in self.victims if v.recipe_name == name), None)
+
+    def require(self, poison: PoisonSet, folder: Path) -> None:
+        """Make sure that a folder's poison is the one that was scored.
+
+        Raises:
+            UserError: it is another.
+        """
+        if poison.hash != self.poison_hash:
+            raise UserError(f"{folder} holds another poison than its record scored: run it again")
 
 
 @cache

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from poisonbench.errors import UserError
 from poisonbench.journal import Journal, LogRow
 from poisonbench.records import Record
 from poisonbench.setting import Setting
-from poisonbench.stored import NAME, provenance
+from poisonbench.stored import NAME, code_version, provenance
 from poisonbench.threat import Budget, PoisonSet
 
 OURS = ("*.safetensors", "*.json", "*.png", "*.csv")
@@ -50,8 +51,7 @@ class Request:
 
     def identity(self, dataset: data.Dataset) -> str:
         """Short hash of all that decides the poison, the code that crafts it included."""
-        source = Path(inspect.getfile(type(self.attack))).read_text("utf-8")
-        config = attacks.config(self.attack)
+        source, config = _source(type(self.attack)), attacks.config(self.attack)
         rest = {"config": config, "seed": self.seed, "source": source, "library": _crafting_sources()}
         if config.get("against"):
             from poisonbench import defenses
@@ -177,14 +177,9 @@ def _about(source: Path, poison: PoisonSet, name: str | None) -> dict[str, Any]:
         whose = source.stem if name is None else name
         return {"attack": whose, "attack_config": {}, "attack_seed": 0, "crafting_seconds": None}
     record = Record.load(source / "record.json")
-    _require_own(record, poison, source)
+    record.require(poison, source)
     kept = ("attack", "attack_config", "attack_seed", "crafting_seconds")
     return {field: getattr(record, field) for field in kept}
-
-
-def _require_own(record: Record, poison: PoisonSet, folder: Path) -> None:
-    if poison.hash != record.poison_hash:
-        raise UserError(f"{folder} holds another poison than its record scored: run it again")
 
 
 def publish(folder: Path, results: Path) -> Path:
@@ -194,7 +189,7 @@ def publish(folder: Path, results: Path) -> Path:
         UserError: the run is not finished, or is there already: records are never overwritten.
     """
     record = Record.load(folder / "record.json")
-    _require_own(record, PoisonSet.load(folder / "poison.safetensors"), folder)
+    record.require(PoisonSet.load(folder / "poison.safetensors"), folder)
     target = results / record.track / record.attack / record.defense / folder.resolve().name
     # A poison meets many defences, and its pictures are the same each time.
     copy_whole(folder, target, PUBLISHED if record.defense != "none" else (*PUBLISHED, PICTURES))
@@ -226,6 +221,7 @@ def _prepare(request: Request, out: Path, fresh: bool) -> tuple[data.Dataset, Pa
     request.attack.require(setting.budget)
     dataset = load_data(setting)
     setting.budget.count(len(dataset.train_labels))  # refuses a fraction that selects no image
+    harness.victim_code()  # kept from here on: of the code that runs, whatever is edited meanwhile
     _require_defense(setting, dataset, setting.budget)
     folder = out / setting.track.name / f"{request.name}-{request.identity(dataset)}"
     _open(folder, fresh)
@@ -258,6 +254,7 @@ def load_data(setting: Setting) -> data.Dataset:
     from poisonbench.victim.network import architecture
     from poisonbench.victim.optimizer import make_optimizer
 
+    code_version()  # kept from here on: that of the code that runs, whatever is committed meanwhile
     compute.setup()
     dataset = data.load(setting.dataset, setting.data_dir)
     height, width, channels = dataset.train_images.shape[1:]
@@ -273,6 +270,12 @@ def load_data(setting: Setting) -> data.Dataset:
     return dataset
 
 
+@cache  # of the code that runs, whatever is edited meanwhile
+def _source(attack: type[attacks.Attack]) -> str:
+    return Path(inspect.getfile(attack)).read_text("utf-8")
+
+
+@cache
 def _crafting_sources() -> str:
     """The library's code that decides a poison."""
     root = Path(__file__).parent

@@ -12,6 +12,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -171,8 +172,12 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
+@cache
 def code_version() -> dict[str, str | bool | None]:
-    """Version, and commit and dirty flag where this runs from a checkout."""
+    """Version, and commit and dirty flag where this runs from a checkout, as they were when first asked.
+
+    Ask before anything long: what is committed meanwhile is not what runs.
+    """
     root = Path(__file__).resolve().parents[1]
     commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     dirty = None if commit is None else bool(_git(root, "status", "--porcelain"))

@@ -16,7 +16,7 @@ from poisonbench import compute, data, harness
 from poisonbench._files import require_writable
 from poisonbench.errors import UserError
 from poisonbench.records import Record, VictimScores
-from poisonbench.stored import Hash, Measured, Seconds, provenance
+from poisonbench.stored import Hash, Measured, Seconds, code_version, provenance
 from poisonbench.threat import PoisonSet
 from poisonbench.tracks import TRACKS
 
@@ -70,8 +70,7 @@ def measure(
             f"{folder} scored victims under {record.defense}, and transfer is measured on undefended"
             " ones: name a run of the same poison without --defense"
         )
-    if poison.hash != record.poison_hash:
-        raise UserError(f"{folder} holds another poison than its record scored: run it again")
+    record.require(poison, folder)
     path = folder / FILE
     if path.exists() and not fresh and (stored := Transfer.load(path)).is_of(record):
         return stored
@@ -79,6 +78,7 @@ def measure(
     if track is None:
         raise UserError(f"{folder} is of the track {record.track}, which is no longer there")
     require_writable(folder)
+    code_version()  # as in a run: what is committed meanwhile is not what runs
     compute.setup()
     dataset = data.load(record.dataset, data_dir)
     if dataset.hashes() != record.hashes:

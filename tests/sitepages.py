@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from test_leaderboard import make
+from test_leaderboard import DIGITS, make
 
 from poisonbench.records import Record
 from poisonbench.verification import Dispute, Verification
@@ -74,9 +74,9 @@ def headings(text: str) -> list[str]:
     return re.findall(r"<th[^>]*>(.*?)</th>", first)
 
 
-def verified(record: Record, drop: float) -> Verification:
+def verified(record: Record, drop: float, seeds: int = DIGITS.seeds) -> Verification:
     """A verification that measured this drop, give or take what `make` gives."""
-    again = make(record.attack, drop).victims
+    again = make(record.attack, drop, seeds=seeds).victims
     hidden = [v.model_copy(update={"seeds": [seed + 10**6 for seed in v.seeds]}) for v in again]
     same = ("poison_hash", "evaluation_seconds", "created", "command", "code", "libraries", "hardware")
     return Verification(

@@ -16,13 +16,13 @@ import pytest
 from poisonbench import attacks, harness, runs, tracks
 from poisonbench.errors import UserError
 from poisonbench.setting import Setting
-from poisonbench.tracks import DIGITS
+from poisonbench.tracks import AVAILABILITY, DIGITS
 
 if not (Path(__file__).parents[1] / "benchmarks").is_dir():
     pytest.skip("NOT TESTED: benchmarks/ is part of the checkout only", allow_module_level=True)
 
 from benchmarks import choice_pictures, choices
-from benchmarks.choices import Change, Choices
+from benchmarks.choices import Change, Choices, Row
 
 
 def small() -> Setting:
@@ -61,7 +61,10 @@ def test_rows_are_what_the_harness_gives_on_validation_images(
     pills = replace(
         dataset, test_images=255 - dataset.test_images, test_labels=dataset.test_labels[::-1]
     )
-    several = [Change("preset"), Change("length", {"steps": "0"}), Change("surrogate", widths=2)]
+    several = [
+        Change("preset"), Change("length", {"steps": "0"}), Change("surrogate", widths=2),
+        Change("preset", seed=1),
+    ]  # fmt: skip
     result = choices.measure(game, several, tmp_path, "measure")
     monkeypatch.setattr(runs, "load_data", lambda _: pills)
     again = choices.measure(game, several, tmp_path / "again", "measure")
@@ -76,14 +79,39 @@ def test_rows_are_what_the_harness_gives_on_validation_images(
     (smooth, standard) = harness.evaluate(judged, poison, game.recipes, result.seeds).victims
     assert result.rows[1].poisoned == {"smooth": smooth.poisoned, "standard": standard.poisoned}
     assert not set(result.seeds) & set(range(game.track.seeds))
-    assert result.gain(result.rows[0], "smooth").mean == 0
-    lost = np.mean(result.rows[0].poisoned["smooth"]) - np.mean(result.rows[1].poisoned["smooth"])
-    assert result.gain(result.rows[1], "smooth").mean == pytest.approx(lost)
+    usual = [result.rows[i].poisoned["smooth"] for i in (0, 3)]
+    lost = np.mean(usual) - np.mean(result.rows[1].poisoned["smooth"])
+    assert result.gain(result.rows[1], "smooth") == pytest.approx(lost)
 
     result.save(tmp_path / "digits.json")
     assert Choices.load(tmp_path / "digits.json") == result
     assert choice_pictures.write(result, tmp_path / "digits.png").stat().st_size > 10_000
     choices.show(result)
+
+
+def test_the_band_holds_one_more_poison_of_the_preset_as_often_as_it_says() -> None:
+    def told(*drops: float) -> bool:
+        groups = (choices.PRESET,) * 3 + ("seed",)
+        rows = [
+            Row.model_construct(group=group, poisoned={"smooth": [90 - drop, 92 - drop]})
+            for group, drop in zip(groups, drops, strict=True)
+        ]
+        table = Choices.model_construct(clean={"smooth": [90.0, 92.0]}, rows=rows)
+        return table.told(rows[-1], "smooth")
+
+    draws = np.random.default_rng(0).normal(3.0, 0.4, (2000, 4))
+    # Three standard deviations of a share of 5 % among so many.
+    assert np.mean([told(*drops) for drops in draws]) == pytest.approx(0.05, abs=0.015)
+
+
+def test_kinds_of_choices_that_the_game_does_not_allow_are_left_out() -> None:
+    titles = {change.title for change in choices.chosen(small(), ["start"])}
+    assert "start=flips" in titles
+    bounded = replace(small(), budget=AVAILABILITY.budget)
+    refused = titles - {change.title for change in choices.chosen(bounded, ["start"])}
+    assert refused == {"start=flips", "start=pair"}
+    with pytest.raises(UserError, match="--group steps: known are"):
+        choices.chosen(small(), ["steps"])
 
 
 def test_an_attack_that_does_not_suit_the_game_is_refused(tmp_path: Path) -> None:

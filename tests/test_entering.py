@@ -129,6 +129,13 @@ def test_show_tells_every_option(name: str, command: Run) -> None:
     assert all(option["says"] for option in told)
 
 
+def test_what_a_class_says_of_an_option_hides_what_it_inherits() -> None:
+    mgd, es = (attacks.load(name) for name in ("mgd", "es"))
+    assert "metagradients rank" in _described.said_of(mgd, "start_seeds")
+    assert "metagradients" not in _described.said_of(es, "start_seeds")
+    assert _described.said_of(mgd, "momentum") == _described.said_of(es, "momentum") != ""
+
+
 def test_what_tracks_set_is_told(command: Run) -> None:
     track = TRACKS["cifar10-small"]
     fixed, free = track.options("mgd", "fixed"), track.options("mgd", "free")

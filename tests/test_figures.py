@@ -23,6 +23,8 @@ from PIL import Image
 from test_leaderboard import DIGITS, FREE, make, page, put
 
 from poisonbench.errors import UserError
+from poisonbench.submission import manifest
+from poisonbench.threat import Budget, LInf
 
 figures: Any = importlib.import_module("poisonbench.leaderboard.figures")
 games: Any = importlib.import_module("poisonbench.leaderboard.games")
@@ -116,6 +118,23 @@ def test_drop_against_fraction(tmp_path: Path) -> None:
         (0.01, 2.0), (0.025, 5.0), (0.05, 9.0),
     ]  # fmt: skip
     assert f"]({path.as_posix()})" in page(tmp_path)
+
+
+def test_each_game_has_its_own_figure_of_fractions_without_entries_of_others(tmp_path: Path) -> None:
+    for radius in (8, 16):
+        for fraction in (0.05, 0.5):
+            budget = Budget(fraction=fraction, pixels=LInf(radius=radius))
+            several = [make(name, budget=budget, num_poison=20) for name in ("mgd", "theirs")]
+            put(tmp_path, *several)
+    for record in (tmp_path / "digits" / "theirs").rglob("record.json"):
+        (record.parent / manifest.FILE).write_text("{}")
+    drawn = {
+        path: p.numbers["lines"] for path, p in found(tmp_path).items() if "by-fraction" in path.name
+    }
+    assert {path.name for path in drawn} == {
+        f"digits-replace-fixed-labels-pixels-within-{radius}-255-by-fraction.png" for radius in (8, 16)
+    }
+    assert all([line["name"] for line in lines] == ["mgd"] for lines in drawn.values())
 
 
 def test_figures_follow_the_records(results: Path) -> None:

@@ -12,11 +12,14 @@ Claims of `poisonbench.journal` tested here:
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from poisonbench import _checkpoint
 from poisonbench import journal as journal_module
 from poisonbench.journal import Journal
 
@@ -125,20 +128,31 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Journal(tmp_path).save(ARRAYS, {"metastep": 0})
-    write = Path.write_bytes
+    write = _checkpoint.save_file
 
-    def half(path: Path, data: bytes) -> int:
-        write(path, data[: len(data) // 2])
+    def half(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+        write(arrays, path, metadata)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", half)
+        patch.setattr(_checkpoint, "save_file", half)
         with pytest.raises((error, ValueError)):
             Journal(tmp_path).save({"z": np.ones(3)}, {"metastep": 1})
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     journal = Journal(tmp_path)
     assert same(journal.restore())
     assert journal.rows == [{"metastep": 0}]
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    Journal(tmp_path).save(ARRAYS)
+    left, fresh = (tmp_path / f".{Path(NAME).stem}-{end}.safetensors" for end in ("abc", "def"))
+    for path in (left, fresh):
+        path.write_bytes(b"half")
+    os.utime(left, (time.time() - 2 * _checkpoint.STALE,) * 2)
+    assert same(Journal(tmp_path).restore())
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, fresh.name}, "another may be writing"
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

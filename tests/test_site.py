@@ -38,6 +38,7 @@ from poisonbench.statistics import CURRENT, RULES
 from poisonbench.tracks import TRACKS
 
 tables: Any = importlib.import_module("poisonbench.leaderboard.tables")
+games: Any = importlib.import_module("poisonbench.leaderboard.games")
 papers: Any = importlib.import_module("poisonbench.leaderboard.papers")
 site_module: Any = importlib.import_module("poisonbench.leaderboard.site")
 
@@ -69,6 +70,20 @@ def board(tmp_path: Path) -> Path:
         inflated / "dispute-0001.json"
     )
     return results
+
+
+@pytest.mark.parametrize("seeds", [10, 20])
+def test_a_measurement_on_as_many_seeds_or_more_decides_the_rank(seeds: int, board: Path) -> None:
+    def order() -> list[str]:
+        (game,) = [game for game in games.read(board) if any(r.name == "rival" for r in game.ranked)]
+        return [row.name for row in game.ranked if row.name in ("rival", "inflated")]
+
+    put(board, make("rival", 8.0, poison_hash="2" * 64))
+    path = folder_of(board, "inflated") / "verification.json"
+    verified(make("inflated", 9.0, poison_hash="e" * 64), 7.0, seeds).save(path)
+    assert order() == ["rival", "inflated"]
+    path.unlink()
+    assert order() == ["inflated", "rival"]
 
 
 def test_same_records_same_bytes(board: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from poisonbench.metatraining.tasks import DATASETS, FAMILIES, Family, InnerTask
 from poisonbench.metatraining.unroll import Objective
 from poisonbench.optimizers import LearnedOptimizer, weights
 from poisonbench.progress import say
-from poisonbench.stored import Config, Measured, provenance
+from poisonbench.stored import Config, Measured, code_version, provenance
 
 WEIGHTS, RECORD, PICTURE, CHECKPOINT = (
     "weights.safetensors", "metatraining.json", "loss.png", "checkpoint.safetensors"
@@ -153,6 +153,7 @@ def run(request: Request, out: Path, *, fresh: bool = False) -> tuple[MetaTraini
         UserError: the folder holds another meta-training or cannot be written; weights to begin with of
             another optimizer; data that cannot be had.
     """
+    code_version()  # as in a run: what is committed meanwhile is not what runs
     compute.setup()
     start = None if request.start is None else _start(request)
     require_writable(out)

@@ -15,7 +15,7 @@ from poisonbench import compute, data, harness, tracks, verification
 from poisonbench._files import require_writable
 from poisonbench.errors import UserError
 from poisonbench.records import Record
-from poisonbench.stored import provenance
+from poisonbench.stored import code_version, provenance
 from poisonbench.submission import bundle, claims, manifest, secret
 from poisonbench.submission.bundle import Bundle
 from poisonbench.submission.manifest import Manifest
@@ -118,6 +118,7 @@ def _measure(
 ) -> Verification:
     track = tracks.load(record.track)
     require_writable(folder)
+    code_version()  # as in a run: what is committed meanwhile is not what runs
     compute.setup()
     dataset = data.load(track.dataset, by.data_dir)
     if (dataset.hashes(), len(dataset.train_labels)) != (record.hashes, record.num_train):
