@@ -114,13 +114,29 @@ def _costs(game: Game, results: Path) -> dict[str, Any] | None:
         }
         for row in rows
     ]
-    curves = [{"name": row.name, "points": curve} for row in rows if (curve := _curve(row, results))]
-    return {"title": game.title, "victims": judge, "points": points, "curves": curves}
+    climbs: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if curve := _curve(row, results):
+            climbs.setdefault(_goal(row), []).append({"name": row.name, "points": curve})
+    # Values of two goals do not compare: the one that most climbed, or the best of the table.
+    goal = max(climbs, key=lambda goal: len(climbs[goal]), default="")
+    return {
+        "title": game.title, "victims": judge, "points": points, "goal": goal,
+        "curves": climbs.get(goal, []),
+    }  # fmt: skip
 
 
 def _drop(row: Row, recipe: str) -> dict[str, float]:
     drop = row.scores(recipe).drop
     return {"drop": round(drop.mean, 4), "half": round(drop.half, 4)}
+
+
+def _goal(row: Row) -> str:
+    """What a row's attack climbed, in words."""
+    config = row.record.attack_config
+    loss = "expected validation error" if config.get("goal") == "error" else "validation loss"
+    temperature = config.get("temperature", 1)
+    return loss if temperature == 1 else f"{loss} at temperature {temperature:g}"
 
 
 def _curve(row: Row, results: Path) -> list[list[float]] | None:
@@ -131,9 +147,8 @@ def _curve(row: Row, results: Path) -> list[list[float]] | None:
     Raises:
         UserError: the log beside the record cannot be read.
     """
-    path, config = results / row.folder / "crafting.csv", row.record.attack_config
-    other_goal = config.get("goal") == "error" or config.get("temperature", 1) != 1
-    if not path.is_file() or not row.trainings or other_goal:
+    path = results / row.folder / "crafting.csv"
+    if not path.is_file() or not row.trainings:
         return None
     try:
         log = pd.read_csv(path)
@@ -197,7 +212,7 @@ def _draw_costs(numbers: dict[str, Any]) -> Figure:
             panels[1].plot(
                 *zip(*curve["points"], strict=True), color=color, marker=marker, label=curve["name"]
             )
-        panels[1].set_ylabel("validation loss, held-out seeds")
+        panels[1].set_ylabel(f"{numbers['goal']},\nheld-out seeds")
     for axes in panels:
         _finish(axes, "crafting, in trainings of one victim")
     return figure

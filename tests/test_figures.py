@@ -84,12 +84,25 @@ def test_what_makes_a_curve(results: Path) -> None:
         found(results)
 
 
-@pytest.mark.parametrize("config", [{"goal": "error"}, {"temperature": 0.5}])
-def test_losses_of_other_kinds_are_in_no_curve(config: dict[str, Any], tmp_path: Path) -> None:
-    several = [make("mgd", 12.0, attack_config=config), make("es", 3.0)]
-    (put(tmp_path, *several) / "digits/mgd/none/run-0/crafting.csv").write_text(LOG)
+@pytest.mark.parametrize(
+    ("config", "goal"),
+    [
+        ({"goal": "error"}, "expected validation error"),
+        ({"temperature": 0.5}, "validation loss at temperature 0.5"),
+    ],
+)
+def test_curves_of_one_panel_are_of_one_goal(config: dict[str, Any], goal: str, tmp_path: Path) -> None:
+    put(tmp_path, make("mgd", 12.0), make("es", 3.0, attack_config=config))
+    for attack in ("mgd", "es"):
+        (tmp_path / f"digits/{attack}/none/run-0/crafting.csv").write_text(LOG)
     (numbers,) = [picture.numbers for picture in found(tmp_path).values()]
-    assert numbers["curves"] == []
+    assert [curve["name"] for curve in numbers["curves"]] == ["mgd"], "that of the best"
+    assert numbers["goal"] == "validation loss"
+    put(tmp_path, make("tgda", 1.0, attack_config=config))
+    (tmp_path / "digits/tgda/none/run-0/crafting.csv").write_text(LOG)
+    (numbers,) = [picture.numbers for picture in found(tmp_path).values()]
+    assert [curve["name"] for curve in numbers["curves"]] == ["es", "tgda"], "those that are more"
+    assert numbers["goal"] == goal
 
 
 def test_no_figure_of_one_attack_or_of_custom_records(tmp_path: Path) -> None:
