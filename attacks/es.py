@@ -33,8 +33,8 @@ random images exact metagradients (`mgd --start random`), at about as many train
 They raise held-out loss from 0.080 to 0.152, evolution strategies to 0.095.
 
 On `cifar10-small` (100 of 4,000 images, ten pairs, 24 metasteps from random images) 0.68 ± 0.45 (smooth)
-and 0.90 ± 0.81 (standard), where noise takes 0.50 ± 0.48. With free labels, from concentrated flips, by 12
-metasteps along the error at a temperature of 0.5: 1.69 ± 0.37 and 0.80 ± 0.82 at as many trainings as
+and 0.90 ± 0.81 (standard), where noise takes 0.50 ± 0.48. With free labels 1.69 ± 0.37 and 0.80 ± 0.82,
+from concentrated flips by 12 metasteps along the error at a temperature of 0.5, at as many trainings as
 `mgd` takes 3.30 ± 0.44 with; here too what is kept is the start.
 
 Cost: `steps × 2 × pairs` victim trainings, and `check_seeds` at every check. A metastep of two pairs

@@ -51,7 +51,8 @@ take, by 100 automobiles labelled trucks (`--start pair`), of which 8 metasteps 
 the temperature 0.5 from 0.602 to 0.610; what that start alone takes was not measured on victims. With
 fixed labels and `--start-seeds 3 --goal error --temperature 0.5 --steps 40`: 2.13 ± 0.56 and 1.08 ±
 0.94, 2.9 times what `gradcancel` takes of smooth victims. From `--start influence`, which none of 24
-metasteps improved: 0.97 ± 0.45 and 1.57 ± 0.73. See `results/README.md`.
+metasteps improved: 0.97 ± 0.45 and 1.57 ± 0.73. See `results/README.md`, and `docs/choices.md` for what
+each choice is worth on `digits`.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def show(result: Choices) -> None:
         ]
         table.add_row(row.title, *cells, f"{row.crafting_seconds:,.0f} s")
     # A pipe or a file has no width of its own, and rich would take 80 columns.
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
 
 
 def main(

@@ -104,6 +104,23 @@ def test_the_band_holds_one_more_poison_of_the_preset_as_often_as_it_says() -> N
     assert np.mean([told(*drops) for drops in draws]) == pytest.approx(0.05, abs=0.015)
 
 
+def test_what_the_page_says_is_what_was_measured() -> None:
+    """Rows outside the band for smooth victims are those that `docs/choices.md` calls worse."""
+    root = Path(__file__).parents[1]
+    result = Choices.load(root / "benchmarks/results/choices/digits-fixed.json")
+    told = {row.title for row in result.rows if row.group != "preset" and result.told(row, "smooth")}
+    assert told == {
+        "start=pixels", "start=flips", "start=pair", "start=random", "temperature=0.5", "update=sign",
+        "step-size=0.3", "runs-per-step=4, steps=11", "differentiated=0.25", "steps=0",
+    }  # fmt: skip
+    assert max(result.rows, key=lambda row: result.drop(row, "smooth").mean).title == "steps=90"
+    page = (root / "docs/choices.md").read_text("utf-8")
+    for title, drop in (("temperature=0.5", 3.9), ("start=random", 1.4), ("differentiated=0.25", 1.8)):
+        (row,) = [row for row in result.rows if row.title == title]
+        assert round(result.drop(row, "smooth").mean, 1) == drop
+        assert f"{drop}" in page
+
+
 def test_kinds_of_choices_that_the_game_does_not_allow_are_left_out() -> None:
     titles = {change.title for change in choices.chosen(small(), ["start"])}
     assert "start=flips" in titles
