@@ -72,6 +72,10 @@ class Change:
         changed += [f"surrogate {self.widths} times as wide"] * (self.widths != 1)
         return ", ".join(changed) or PRESET
 
+    def attack(self, preset: Mapping[str, str]) -> attacks.Attack:
+        """The attack, with these options on top of a track's."""
+        return attacks.build("mgd", list({**preset, **self.options}.items()))
+
 
 def changes(preset: Any) -> list[Change]:
     """The preset first, again with other seeds, and then what is tried of a preset of `mgd`."""
@@ -195,7 +199,7 @@ def measure(game: Setting, several: Sequence[Change], out: Path, command: str) -
     rows: list[Row] = []
     for i, change in enumerate(several):
         print(f"{i + 1} of {len(several)}: {change.title}", file=sys.stderr)
-        attack = attacks.build("mgd", list({**preset, **change.options}.items()))
+        attack = change.attack(preset)
         request = runs.Request(_wider(game, change.widths), "mgd", attack, change.seed, command)
         crafted = runs.craft(request, out)
         victims = harness.evaluate(
@@ -223,7 +227,7 @@ def chosen(game: Setting, groups: Sequence[str]) -> list[Change]:
         UserError: there is no such kind.
     """
     options = game.track.options("mgd", game.budget.labels)
-    known = changes(attacks.build("mgd", list(options.items())))
+    known = changes(Change(PRESET).attack(options))
     kinds = sorted({change.group for change in known})
     for name in groups:
         if name not in kinds:
@@ -234,7 +238,7 @@ def chosen(game: Setting, groups: Sequence[str]) -> list[Change]:
 
 def _allowed(change: Change, options: Mapping[str, str], budget: Budget) -> bool:
     try:
-        attacks.build("mgd", list({**options, **change.options}.items())).require(budget)
+        change.attack(options).require(budget)
     except UserError:
         return False
     return True

@@ -45,10 +45,11 @@ def test_every_change_changes_one_thing_of_the_preset(track: str, labels: str) -
     options = tracks.load(track).options("mgd", labels)  # type: ignore[arg-type]
     preset = attacks.build("mgd", list(options.items()))
     known = choices.changes(preset)
+    assert Change(choices.PRESET).attack(options) == preset
     assert known[0].title == choices.PRESET
     assert len({change.title for change in known}) == len(known)
     for change in known[1:]:
-        changed = attacks.build("mgd", list({**options, **change.options}.items()))
+        changed = change.attack(options)
         assert (changed != preset) == bool(change.options)
         assert bool(change.options) + (change.seed != 0) + (change.widths != 1) == 1
 
