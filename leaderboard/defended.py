@@ -27,8 +27,9 @@ from poisonbench.records import Record, VictimScores
 from poisonbench.statistics import mean_interval, paired_drop, ratio_interval
 from poisonbench.tracks import TRACKS
 
-from .games import Found, Game, Row, canonical, telling_name
+from .games import Found, Game, Row
 from .grids import CONTROLS, Cell, DefenseTable
+from .names import canonical, telling_name
 
 FEWEST = 5
 """Pairs of victims below which a defended record stands in no table."""

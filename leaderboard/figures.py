@@ -23,8 +23,9 @@ from PIL import Image
 from poisonbench.errors import UserError
 from poisonbench.pictures import save
 
-from .games import Game, Row, by_fraction, canonical, lines
+from .games import Game, Row, by_fraction, lines
 from .grids import UNDEFENDED, Cell, DefenseTable
+from .names import canonical
 
 FOLDER = "figures"
 DIGEST = "Description"

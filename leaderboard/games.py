@@ -8,7 +8,6 @@ decided by what its records say was run, not by what they call themselves.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import statistics
 from collections import Counter
@@ -18,7 +17,6 @@ from datetime import UTC
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from poisonbench import records, transfer, verification
 from poisonbench.records import Record, VictimScores
@@ -28,11 +26,10 @@ from poisonbench.submission import manifest
 from poisonbench.tracks import TRACKS, departures
 from poisonbench.verification import Dispute, Verification
 
+from .names import attack_name, canonical, crafted, telling_options
+
 Found = Sequence[tuple[Path, Record]]
 """Records with their paths, as `poisonbench.records.find` gives them."""
-LATER = {"against": "", "differentiated": 1.0, "memory": "2GiB", "temperature": 1.0}
-"""Options that attacks were given later, with the values that they had in effect before, and that a row
-does not name."""
 FLIPS = ("label_flip (spread=random)", "label_flip (spread=concentrated)")
 
 
@@ -221,16 +218,16 @@ def _game(title: str, slug: str, group: list[tuple[Path, Record]], results: Path
     seeds = {victim.recipe_name: len(victim.seeds) for victim in first.victims}
     recipes = sorted(seeds, key=lambda name: (name != first.surrogate, name))
     controls = ("none", "noise", *(FLIPS if first.budget.can_flip else ()))
-    telling = _telling_options([record for _, record in group if record.status == "valid"])
+    telling = telling_options([record for _, record in group if record.status == "valid"])
     ranked: list[Row] = []
     set_aside: list[Row] = []
     for folder, record in group:
-        kind = _name(record, {"spread"})
+        kind = attack_name(record, {"spread"})
         beside = frozenset(path.name for path in folder.iterdir() if path.is_file())
         submitted = manifest.FILE in beside
         verified = verification.FILE in beside
         disputed = any(fnmatchcase(name, verification.DISPUTES) for name in beside)
-        name = _name(record, telling.get(record.attack, ()))
+        name = attack_name(record, telling.get(record.attack, ()))
         row = Row(
             record=record,
             folder=folder.relative_to(results).as_posix(),
@@ -264,63 +261,6 @@ def _transfer(folder: Path, record: Record) -> dict[str, VictimScores]:
     """
     measured = transfer.Transfer.load(folder / transfer.FILE)
     return {v.recipe_name: v for v in measured.victims} if measured.is_of(record) else {}
-
-
-def _telling_options(group: list[Record]) -> dict[str, set[str]]:
-    """For every attack in a table, the options that its records do not share."""
-    options: dict[str, list[dict[str, Any]]] = {}
-    for record in group:
-        if crafted(record):
-            options.setdefault(record.attack, []).append(_options(record))
-    # How a label flip is spread makes two attacks of it, so it is said of a lone one too.
-    telling = {attack: {"spread"} if attack == "label_flip" else set[str]() for attack in options}
-    for attack, several in options.items():
-        if any(each.get("against") for each in several):
-            telling[attack].add("against")  # an adaptive attack is never taken for its twin
-        for name in set[str]().union(*several):
-            if len({canonical(each.get(name, LATER.get(name))) for each in several}) > 1:
-                telling[attack].add(name)
-    return telling
-
-
-def _options(record: Record) -> dict[str, Any]:
-    return {**record.attack_config, "attack_seed": record.attack_seed}
-
-
-def crafted(record: Record) -> bool:
-    """Whether the poison was made by the named attack here, not handed in under that name."""
-    return record.crafting_seconds is not None
-
-
-def _name(record: Record, telling: Iterable[str]) -> str:
-    if not crafted(record):
-        return f"{record.attack} (from a file)"
-    told = [
-        f"{name}={value if isinstance(value, str) else canonical(value)}"
-        for name, value in sorted(_options(record).items())
-        if name in telling and not (name in LATER and LATER[name] == value)
-    ]
-    return f"{record.attack} ({', '.join(told)})" if told else record.attack
-
-
-def telling_name(name: str, config: dict[str, Any], others: Iterable[dict[str, Any]]) -> str:
-    """A defence, with the options in which records of it differ."""
-    flat = [_flattened(each) for each in others]
-    mine = _flattened(config)
-    told = [
-        f"{option}={value if isinstance(value, str) else canonical(value)}"
-        for option, value in sorted(mine.items())
-        if len({canonical(each[option]) for each in flat if option in each}) > 1
-    ]
-    return f"{name} ({', '.join(told)})" if told else name
-
-
-def _flattened(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{part}.{option}" if len(config) > 1 else option: value
-        for part, options in config.items()
-        for option, value in options.items()
-    }
 
 
 def _with_costs(rows: list[Row]) -> list[Row]:
@@ -398,17 +338,12 @@ def lines(group: Iterable[Game]) -> list[tuple[str, list[tuple[float, Row]]]]:
         for row in game.ranked
         if crafted(row.record) and manifest.FILE not in row.beside
     ]
-    telling = _telling_options([row.record for row in rows])
+    telling = telling_options([row.record for row in rows])
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(_name(row.record, telling[row.record.attack]), []).append(row)
+        found.setdefault(attack_name(row.record, telling[row.record.attack]), []).append(row)
     by_name = {
         name: sorted(((row.record.budget.fraction, row) for row in line), key=lambda point: point[0])
         for name, line in found.items()
     }
     return [(n, line) for n, line in sorted(by_name.items()) if len({f for f, _ in line}) > 1]
-
-
-def canonical(value: object) -> str:
-    """JSON that is the same for equal values."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)

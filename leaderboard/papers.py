@@ -19,7 +19,8 @@ from poisonbench import attacks
 from poisonbench.records import Record
 from poisonbench.submission.manifest import Manifest
 
-from .games import Row, crafted
+from .games import Row
+from .names import crafted
 
 PAPER = re.compile(
     r'Paper: (?P<authors>[^"]+), "(?P<title>[^"]+)", (?:(?P<venue>[^",]+) )?(?P<year>\d{4}),'

@@ -33,8 +33,9 @@ from poisonbench.tracks import TRACKS
 from . import papers
 from .columns import columns, marks, standing
 from .figures import Picture, of_defenses, of_game
-from .games import Game, Row, canonical
+from .games import Game, Row
 from .grids import CONTROLS, Cell, DefenseTable
+from .names import canonical
 
 ASSETS = ("board.css", "board.js", "icon.svg", "datatables.min.js", "datatables.LICENSE.txt")
 GENERATOR = "poisonbench leaderboard"

@@ -32,8 +32,9 @@ from poisonbench.threat import LInf
 from .columns import marks
 from .defended import defense_tables, left_out
 from .figures import FOLDER, Picture, of_defenses, of_game, pictures
-from .games import Game, Row, canonical, read
+from .games import Game, Row, read
 from .grids import CONTROLS, DefenseTable
+from .names import canonical
 from .site import left_over, require_ours
 from .site import pages as build_site
 

@@ -330,13 +330,13 @@ def test_a_poison_that_was_handed_in_is_no_control(tmp_path: Path) -> None:
 
 
 def test_an_option_that_came_later_is_told_only_where_it_is_used(tmp_path: Path) -> None:
-    games: Any = importlib.import_module("poisonbench.leaderboard.games")
+    names: Any = importlib.import_module("poisonbench.leaderboard.names")
     now = attacks.config(attacks.build("mgd", []))
-    assert now.items() >= games.LATER.items()
+    assert now.items() >= names.LATER.items()
     old = {"steps": 40}
-    same = put(tmp_path / "same", make("mgd", attack_config=old), make(attack_config=old | games.LATER))
+    same = put(tmp_path / "same", make("mgd", attack_config=old), make(attack_config=old | names.LATER))
     assert [row[1] for row in rows(page(same))] == ["mgd", "mgd"]
-    used = make("mgd", 9, attack_config=old | games.LATER | {"temperature": 0.5})
+    used = make("mgd", 9, attack_config=old | names.LATER | {"temperature": 0.5})
     other = put(tmp_path / "other", make("mgd", attack_config=old), used)
     assert [row[1] for row in rows(page(other))] == ["mgd", "mgd (temperature=0.5)"]
 
