@@ -39,7 +39,7 @@ from poisonbench.data import DataSpec
 from poisonbench.errors import UserError, plain
 from poisonbench.setting import Setting
 from poisonbench.statistics import Interval, paired_drop, quantile
-from poisonbench.stored import Config, Count, Frozen, Measured, Name, now, provenance
+from poisonbench.stored import Config, Count, Frozen, Measured, Name, provenance
 from poisonbench.threat import Budget
 
 OUT = Path("benchmarks", "results", "choices")
@@ -190,7 +190,6 @@ def measure(game: Setting, several: Sequence[Change], out: Path, command: str) -
     Raises:
         UserError: an attack does not suit the budget, or the poison breaks it.
     """
-    where = provenance(command)
     dataset = runs.load_data(game)
     judged = replace(dataset, test_images=dataset.val_images, test_labels=dataset.val_labels)
     seeds = [SEEDS_FROM + seed for seed in game.seeds]
@@ -216,7 +215,7 @@ def measure(game: Setting, several: Sequence[Change], out: Path, command: str) -
     return Choices(
         track=game.track.name, dataset=game.dataset, budget=game.budget,
         num_poison=game.budget.count(len(dataset.train_labels)), seeds=seeds, clean=clean, rows=rows,
-        **where | {"created": now()},
+        **provenance(command),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def read(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
     warning on standard error names it. What a killed process left half written goes.
     """
     for left in path.parent.glob(f".{path.stem}-*{path.suffix}"):
-        if time.time() - left.stat().st_mtime > STALE:
-            left.unlink(missing_ok=True)
+        with suppress(OSError):  # whoever writes it may just have renamed it
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
     if not path.exists():
         return None
     try:

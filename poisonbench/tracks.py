@@ -154,13 +154,13 @@ CIFAR10_SMALL = Track(
 )
 """`poisonbench run --attack mgd --dataset tfds:cifar10`: 100 of 4,000 images; 75 minutes on one core.
 
-Clean victims have 49.7 % (smooth) and 51.0 or 51.4 % (standard, by the processor; drops are from
-clean victims of the same one). With fixed labels `mgd` climbs from images as
-they are, which takes 1.76 ± 0.39 and 0.88 ± 0.84 points, and 2.13 ± 0.56 and 1.08 ± 0.94 in forty steps
-that aim at wrong answers (`--start-seeds 3 --goal error --temperature 0.5 --steps 40`, which takes 2½
-hours). From copies of wrong pairs (`--start influence`) its steps lower held-out loss, and the start is
-kept: 0.97 ± 0.45 and 1.57 ± 0.73. Noise takes 0.50 ± 0.48 and 0.25 ± 0.81. With free labels `mgd` takes
-3.30 ± 0.44 and 2.34 ± 0.85, in some 80 minutes, concentrated flips 2.09 ± 0.73 and 1.20 ± 0.98.
+Clean victims have 49.7 % (smooth) and 51.0 or 51.4 % (standard, by the processor; drops are from clean
+victims of the same one). With fixed labels `mgd` climbs from images as they are, which takes 1.76 ±
+0.39 and 0.88 ± 0.84 points, and 2.13 ± 0.56 and 1.08 ± 0.94 in forty steps that aim at wrong answers
+(`--start-seeds 3 --goal error --temperature 0.5 --steps 40`, which takes 2½ hours). From copies of
+wrong pairs (`--start influence`) its steps lower held-out loss, and the start is kept: 0.97 ± 0.45 and
+1.57 ± 0.73. Noise takes 0.50 ± 0.48 and 0.25 ± 0.81. With free labels `mgd` takes 3.30 ± 0.44 and 2.34
+± 0.85, in some 80 minutes, concentrated flips 2.09 ± 0.73 and 1.20 ± 0.98.
 
 The surrogate is the smooth recipe, by what one sign step of 0.1 on the 100 most influential images gains
 on other seeds than its own: 0.024 ± 0.011 nats of validation loss, 0.018 ± 0.012 with half the width

@@ -10,7 +10,6 @@ Claims of `poisonbench.leaderboard` tested here:
 - a record that changes a track, or says it does not and does, stands apart from the track's own;
 - ranks tie where intervals do not part, rows are in order of rank, then of drop;
 - controls are marked, a table names those that it lacks, and a handed-in poison is no control;
-- rows with other clean victims than most of their table are named below it;
 - records marked invalid or superseded are shown with the reason, neither ranked nor counted as
   controls;
 - text from a record is shown as it is: no link, emphasis, HTML, new cell, new line or formula.
@@ -309,18 +308,6 @@ def test_a_remark_on_a_valid_record_stands_below_its_table(tmp_path: Path) -> No
     shown = page(results)
     assert "\n\nes: kept \\| its start\n" in shown
     assert "best of all" not in shown
-
-
-def test_rows_with_other_clean_victims_than_most_are_named_below_their_table(tmp_path: Path) -> None:
-    other = make("mgd", 5.0)
-    rounded = [
-        victim.model_copy(update={"clean": [c - 0.1 for c in victim.clean]}) for victim in other.victims
-    ]
-    put(tmp_path, make("none", 0.0, 0.0), make("noise", 1.0))
-    assert "Processors round" not in page(tmp_path)
-    put(tmp_path, other.model_copy(update={"victims": rounded}))
-    (told,) = re.findall(r"Processors round[^.]*\.", page(tmp_path))
-    assert told.endswith("are mgd.")
 
 
 def test_a_poison_that_was_handed_in_is_no_control(tmp_path: Path) -> None:

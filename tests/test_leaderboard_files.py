@@ -7,6 +7,7 @@ Claims of `poisonbench.leaderboard.tables` tested here:
   page without them is refused;
 - a record that is not valid is refused, and none at all makes a page;
 - links lead to files that are there;
+- rows with other clean victims than most of their table are named below it;
 - tables of an earlier version of the rules are made again in a folder of their own.
 """
 
@@ -153,3 +154,15 @@ def test_tables_of_an_earlier_rule_are_made_again(tmp_path: Path) -> None:
         tables.of_earlier_rules(results, 1, tmp_path / "rules-1")
     with pytest.raises(UserError, match="the versions are 1, 2"):
         tables.of_earlier_rules(results, 4, tmp_path / "rules-4")
+
+
+def test_rows_with_other_clean_victims_than_most_are_named_below_their_table(tmp_path: Path) -> None:
+    other = make("mgd", 5.0)
+    rounded = [
+        victim.model_copy(update={"clean": [c - 0.1 for c in victim.clean]}) for victim in other.victims
+    ]
+    put(tmp_path, make("none", 0.0, 0.0), make("noise", 1.0))
+    assert "Processors round" not in page(tmp_path)
+    put(tmp_path, other.model_copy(update={"victims": rounded}))
+    (told,) = re.findall(r"Processors round[^.]*\.", page(tmp_path))
+    assert told.endswith("are mgd.")
