@@ -51,7 +51,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from poisonbench.ascent import Ascent
+from poisonbench.ascent import Ascent, Poisoned
 from poisonbench.attacks import require_at_least_one, require_positive
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal
@@ -82,12 +82,13 @@ class ES(Ascent):
     def gradient(
         self,
         problem: Problem,
-        z: Float[Array, "p h w c"],
+        z: Poisoned,
         key: PRNGKeyArray,
-        when: str,
+        done: int,
         journal: Journal,
-    ) -> tuple[float, Float[Array, "p h w c"]]:
+    ) -> tuple[float, Poisoned]:
         """The mean loss of all runs, and the estimate over all pairs."""
+        assert isinstance(z, jax.Array)
         noise_key, run_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, (self.pairs, *z.shape))
         run, state = problem.start(jnp.repeat(jax.random.split(run_key, self.pairs), 2))
@@ -95,8 +96,8 @@ class ES(Ascent):
         losses = np.asarray(_losses(problem.loss, run, state, z[None] + self.sigma * signed))
         if not np.isfinite(losses).all():
             raise UserError(
-                f"{when}, a victim's loss is not finite: lower --sigma, or the learning rate, as by"
-                " --set smooth.learning_rate=…"
+                f"at metastep {done}, a victim's loss is not finite: lower --sigma, or the learning"
+                " rate, as by --set smooth.learning_rate=…"
             )
         slope = jnp.asarray(losses[0::2] - losses[1::2]) / (2 * self.sigma * self.pairs)
         return float(losses.mean()), jnp.tensordot(slope, noise, 1)

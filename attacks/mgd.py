@@ -24,6 +24,10 @@ What the paper leaves open, and how it is settled here:
 - *The loss.* Victims of half the accuracy are unsure of most images, and the loss of all of them can
   rise while few answers change. `--goal error --temperature` below 1 climbs what is closer to the share
   of wrong answers.
+- *Soft labels.* Labels that are free may climb as the pixels do (`--label-step`): distributions over
+  classes, moved by multiplicative weights, `p ∝ p · exp(η u)`, where u is the optimizer's update along
+  `∂φ/∂p` less its mean under p, which no distribution can follow. Checks, and what is handed in, are of
+  the likeliest class.
 - *The step.* Adam on the pixels, its size falling linearly to a tenth; the gradient's scale grows as the
   attack bites, so its second moment forgets fast (a share of 0.95 is kept). A plain sign step
   moves every pixel equally far, those with no signal too, and seeds agree too little for that.
@@ -57,6 +61,7 @@ each choice is worth on `digits`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +73,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray, Shaped
 
 from poisonbench.arrays import highest
-from poisonbench.ascent import Ascent
+from poisonbench.ascent import Ascent, Poisoned
 from poisonbench.attacks import Task, require_at_least_one
 from poisonbench.errors import UserError
 from poisonbench.flips import Flips, placed, require_flips
@@ -81,6 +86,8 @@ from poisonbench.victim.evaluation import train_some
 from poisonbench.victim.training import Poison, TrainingRun, TrainState
 
 Step = Callable[[TrainState, Array, Array], TrainState]
+SURE = 0.9
+"""Share of a soft label that is its start's: enough to begin near it, and little enough to leave it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,10 @@ class MGD(Ascent):
             costs those of its metastep that are done.
         differentiated: share of the run, from its end back, that the gradient goes through. What earlier
             steps owe to the poison is left out; at 1 nothing is, and the gradient is exact.
+        full_from: share of the metasteps after which nothing is left out.
+        label_step: of the first metastep, for labels that climb with the pixels, as distributions over
+            classes that the start's have nine tenths of: by how much the logarithm of a share may move.
+            What is stored has the class of the largest. 0 leaves labels as they start.
         memory: for the states of a training that a metagradient may keep, such as `32GiB`: the more, the
             fewer of its steps are made again. The gradient is the same. A metagradient that is killed
             goes on from a file of at most as much, written at most once a minute.
@@ -106,6 +117,8 @@ class MGD(Ascent):
 
     runs_per_step: int = 1
     differentiated: float = 1.0
+    full_from: float = 1.0
+    label_step: float = 0.0
     memory: str = "2GiB"
     start: Literal["influence", "pixels", "pair", "flips", "random"] = "influence"
 
@@ -114,6 +127,10 @@ class MGD(Ascent):
         require_at_least_one(self, "runs_per_step")
         if not 0 < self.differentiated <= 1:
             raise UserError("--differentiated must lie in (0, 1]")
+        if not 0 <= self.full_from <= 1:
+            raise UserError("--full-from must lie in [0, 1]")
+        if not (0 <= self.label_step < math.inf):
+            raise UserError("--label-step must be a number, and not negative")
         in_bytes(self.memory)  # so that what is no size is refused at once
 
     def started(self, task: Task, key: PRNGKeyArray, journal: Journal) -> PoisonSet:
@@ -127,8 +144,10 @@ class MGD(Ascent):
         return super().started(task, key, journal)
 
     def require(self, budget: Budget) -> None:
-        """Flips as a start need a budget that can have them."""
+        """Flips as a start need a budget that can have them; labels that climb, one that frees them."""
         super().require(budget)
+        if self.label_step and budget.labels == "fixed":
+            raise UserError("mgd --label-step moves labels, which are fixed: give --labels free as well")
         if self.start == "pair":
             require_flips(budget, "mgd --start pair")
 
@@ -145,25 +164,48 @@ class MGD(Ascent):
     def gradient(
         self,
         problem: Problem,
-        z: Float[Array, "p h w c"],
+        z: Poisoned,
         key: PRNGKeyArray,
-        when: str,
+        done: int,
         journal: Journal,
-    ) -> tuple[float, Float[Array, "p h w c"]]:
+    ) -> tuple[float, Poisoned]:
         """The mean loss of `runs_per_step` runs, and their mean metagradient."""
-        value, gradient = 0.0, jnp.zeros_like(z)
+        value, gradient = 0.0, jax.tree.map(jnp.zeros_like, z)
+        share = 1.0 if done >= self.full_from * self.steps else self.differentiated
         for i, one_key in enumerate(jax.random.split(key, self.runs_per_step)):
             run, state = problem.start(one_key[None])
-            first = run.num_steps - max(1, round(self.differentiated * run.num_steps))
+            first = run.num_steps - max(1, round(share * run.num_steps))
             if first:
                 state = train_some(run, state, z, jnp.int32(0), jnp.int32(first))
             later = Later(run, jnp.int32(first))
+            when, place = f"at metastep {done}", journal.aside(f"run{i}")
             one_value, one_gradient = self._metagradient(
-                problem, later, state, run.num_steps - first, z, when, journal.aside(f"run{i}")
+                problem, later, state, run.num_steps - first, z, when, place
             )
             value += float(one_value) / self.runs_per_step
-            gradient += one_gradient / self.runs_per_step
+            gradient = jax.tree.map(lambda a, b: a + b / self.runs_per_step, gradient, one_gradient)
+        if isinstance(gradient, Poison) and isinstance(z, Poison):
+            mean = (z.targets * gradient.targets).sum(-1, keepdims=True)
+            gradient = Poison(gradient.pixels, gradient.targets - mean)
         return value, gradient
+
+    def relaxed(self, task: Task, start: PoisonSet) -> Poisoned:
+        """The pixels; and where labels climb too, those of the start at a share of `SURE`."""
+        pixels = super().relaxed(task, start)
+        if not self.label_step or isinstance(pixels, Poison):
+            return pixels
+        others = (1 - SURE) / (task.num_classes - 1)
+        chosen = jax.nn.one_hot(start.labels, task.num_classes)
+        return Poison(pixels, jnp.where(chosen == 1, SURE, others))
+
+    def moved(self, problem: Problem, z: Poisoned, updates: Poisoned) -> Poisoned:
+        """Pixels by addition and projection, shares of classes by multiplication."""
+        if not (isinstance(z, Poison) and isinstance(updates, Poison)):
+            return super().moved(problem, z, updates)
+        pixels = jnp.clip(z.pixels + updates.pixels, problem.low, problem.high)
+        # An update is a multiple of the step of the pixels, by Adam as by sign.
+        by = updates.targets * (self.label_step / self.step_size)
+        return Poison(pixels, jax.nn.softmax(jnp.log(z.targets) + by))
 
     def _most_influential(
         self,
@@ -233,10 +275,10 @@ class MGD(Ascent):
         step: Step,
         state: TrainState,
         num_steps: int,
-        z: Array,
+        z: Poisoned,
         when: str,
         place: Path | None,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Any]:
         """The loss after these steps, and its gradient by `z`; it goes on from `place` if it was killed.
 
         Raises:
@@ -244,7 +286,7 @@ class MGD(Ascent):
         """
         how: dict[str, Any] = {"memory": self.memory, "checkpoint": place}
         value: Array
-        gradient: Array
+        gradient: Any
         try:
             try:
                 value, gradient = metagradient(step, problem.loss, state, num_steps, z, **how)

@@ -97,11 +97,18 @@ def changes(preset: Any) -> list[Change]:
         "step": [
             {"step-size": _number(preset.step_size / 3)},
             {"step-size": _number(preset.step_size * 3)},
+            {"last-step": "1"},
+            {"last-step": "0"},
+            {"restarts": "2"},
         ],
         "runs": [
             {"runs-per-step": f"{k}", "steps": f"{max(1, round(preset.steps / k))}"} for k in (2, 4)
         ],
-        "truncated": [{"differentiated": f"{share:g}"} for share in (0.5, 0.25)],
+        "truncated": [
+            *({"differentiated": f"{share:g}"} for share in (0.5, 0.25)),
+            *({"differentiated": f"{share:g}", "full-from": "0.5"} for share in (0.5, 0.25)),
+        ],
+        "labels": [{"label-step": step} for step in ("0.1", "0.3", "1")],
         "length": [
             {"steps": "0"},
             {"steps": f"{preset.steps // 2}"},

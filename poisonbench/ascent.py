@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from poisonbench.arrays import to_pixels
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
@@ -34,7 +34,10 @@ from poisonbench.journal import Journal, pack, unpack
 from poisonbench.problem import Problem, require_finite
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import Goal
+from poisonbench.victim.training import Poison
 
+Poisoned: TypeAlias = Array | Poison
+"""Poisoned pixels, `[p, height, width, channels]` in [0, 1]; or those and soft labels."""
 SECOND_MOMENT = 0.95
 """Share of Adam's second moment that a metastep keeps: gradients grow as the attack bites."""
 
@@ -44,44 +47,52 @@ class _Climb:
     """Where the ascent stands.
 
     Attributes:
-        indices, labels: `[p]`, which images are poisoned, and their labels; fixed from the start.
-        z: `[p, height, width, channels]`, float32 pixels in [0, 1].
+        indices, labels: `[p]`, which images are poisoned, and their labels at the start.
+        z: `[p, height, width, channels]`, float32 pixels in [0, 1]; or those and soft labels.
         optimizer: state of the pixel optimizer.
         done: metasteps taken.
         checked: how many had been when it was last checked; -1 before the first time.
         best: `[p, height, width, channels]`, uint8, the best poison at any check.
+        best_labels: `[p]`, int32, its labels.
         best_value: its mean loss over the held-out seeds; minus infinity before the first check.
     """
 
     indices: np.ndarray
     labels: np.ndarray
-    z: jax.Array
+    z: Poisoned
     optimizer: optax.OptState
     done: int
     checked: int
     best: np.ndarray
+    best_labels: np.ndarray
     best_value: float
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint holds."""
+        soft = {"targets": np.asarray(self.z.targets)} if isinstance(self.z, Poison) else {}
         return {
             "indices": self.indices,
             "labels": self.labels,
-            "z": np.asarray(self.z),
+            "z": np.asarray(self.z.pixels if isinstance(self.z, Poison) else self.z),
             "done": np.array(self.done),
             "checked": np.array(self.checked),
             "best": self.best,
+            "best_labels": self.best_labels,
             "best_value": np.array(self.best_value),
+            **soft,
             **pack(self.optimizer, "optimizer"),
         }
 
     @staticmethod
     def of(arrays: dict[str, np.ndarray], optimizer: optax.GradientTransformation) -> _Climb:
         """The inverse of `arrays`, of an ascent with this pixel optimizer."""
-        z = jnp.asarray(arrays["z"])
+        pixels = jnp.asarray(arrays["z"])
+        soft = "targets" in arrays
+        z = Poison(pixels, jnp.asarray(arrays["targets"])) if soft else pixels
         return _Climb(
             arrays["indices"], arrays["labels"], z, unpack(arrays, "optimizer", optimizer.init(z)),
-            int(arrays["done"]), int(arrays["checked"]), arrays["best"], float(arrays["best_value"]),
+            int(arrays["done"]), int(arrays["checked"]), arrays["best"], arrays["best_labels"],
+            float(arrays["best_value"]),
         )  # fmt: skip
 
 
@@ -91,8 +102,9 @@ class Ascent(Attack):
 
     Attributes:
         steps: metasteps; 0 leaves the pixels of the start as they are.
-        step_size: of the first metastep, in pixel units (1 is the whole range); it falls linearly
-            to a tenth.
+        step_size: of the first metastep, in pixel units (1 is the whole range); it falls linearly.
+        last_step: to what share of that it falls.
+        restarts: how often it falls anew, by equal parts of the metasteps.
         update: `adam`, or the `sign` of the gradient's running mean.
         momentum: share of the running mean that each metastep keeps.
         goal: loss to climb: `cross_entropy`, or the expected `error`, which saturates.
@@ -111,6 +123,8 @@ class Ascent(Attack):
 
     steps: int = 45
     step_size: float = 0.1
+    last_step: float = 0.1
+    restarts: int = 0
     update: Literal["adam", "sign"] = "adam"
     momentum: float = 0.8
     goal: Goal = "cross_entropy"
@@ -129,6 +143,10 @@ class Ascent(Attack):
         require_positive(self, "step_size", "temperature")
         if not 0 <= self.momentum < 1:
             raise UserError("--momentum must lie in [0, 1)")
+        if not 0 <= self.last_step <= 1:
+            raise UserError("--last-step must lie in [0, 1]")
+        if not 0 <= self.restarts <= max(0, self.steps - 1):
+            raise UserError("--restarts must be fewer than --steps, and not negative")
         self.guard()  # so that a wrong name is refused at once
 
     def guard(self) -> Composed | None:
@@ -166,23 +184,33 @@ class Ascent(Attack):
     def gradient(
         self,
         problem: Problem,
-        z: Float[Array, "p h w c"],
+        z: Poisoned,
         key: PRNGKeyArray,
-        when: str,
+        done: int,
         journal: Journal,
-    ) -> tuple[float, Float[Array, "p h w c"]]:
+    ) -> tuple[float, Poisoned]:
         """An estimate of `F(z)` and of its gradient, from runs of fresh randomness.
 
         Args:
             problem: what is climbed.
-            z: the poisoned pixels, in [0, 1].
+            z: what `relaxed` made of the start, as far as it was climbed.
             key: for these runs alone.
-            when: where in the ascent this is, to say in an error.
+            done: metasteps taken.
             journal: where what takes long may keep its place.
 
         Raises:
             UserError: either is not finite.
         """
+
+    def relaxed(self, task: Task, start: PoisonSet) -> Poisoned:
+        """What is climbed, at the start: the pixels, where labels stay as they are."""
+        del task
+        return jnp.asarray(start.images, jnp.float32) / 255
+
+    def moved(self, problem: Problem, z: Poisoned, updates: Poisoned) -> Poisoned:
+        """One update on, projected to what the budget allows."""
+        moved: Array = jax.tree.map(jnp.add, z, updates)
+        return jnp.clip(moved, problem.low, problem.high)
 
     @property
     def checks(self) -> int:
@@ -216,26 +244,32 @@ class Ascent(Attack):
                 climb = self._checked_if_due(problem, climb, check_key, journal)
                 bar.advance(note=f"loss {loss:.3f}")
         require_finite(climb.best_value)
-        return task.poison(climb.indices, climb.best, climb.labels)
+        return task.poison(climb.indices, climb.best, climb.best_labels)
 
     def _start(self, task: Task, key: PRNGKeyArray, journal: Journal) -> _Climb:
         start = self.started(task, key, journal)
-        z = jnp.asarray(start.images, jnp.float32) / 255
+        z = self.relaxed(task, start)
         optimizer = self._optimizer().init(z)
-        return _Climb(start.indices, start.labels, z, optimizer, 0, -1, start.images, -np.inf)
+        return _Climb(
+            start.indices, start.labels, z, optimizer, 0, -1, start.images, start.labels, -np.inf
+        )
 
     def _metastep(
         self, problem: Problem, climb: _Climb, key: PRNGKeyArray, journal: Journal
     ) -> tuple[_Climb, float]:
         """One step up, along the gradient of fresh runs; and their mean loss."""
-        value, gradient = self.gradient(problem, climb.z, key, f"at metastep {climb.done}", journal)
-        updates, optimizer = self._optimizer().update(-gradient, climb.optimizer, climb.z)
-        z = jnp.clip(climb.z + updates, problem.low, problem.high)
+        value, gradient = self.gradient(problem, climb.z, key, climb.done, journal)
+        down = jax.tree.map(jnp.negative, gradient)
+        updates, optimizer = self._optimizer().update(down, climb.optimizer, climb.z)
+        z = self.moved(problem, climb.z, updates)
         return replace(climb, z=z, optimizer=optimizer, done=climb.done + 1), value
 
     def _optimizer(self) -> optax.GradientTransformation:
         """Descent on the negated loss."""
-        size = optax.linear_schedule(self.step_size, self.step_size / 10, max(1, self.steps))
+        part = -(-max(1, self.steps) // (self.restarts + 1))
+        fall = optax.linear_schedule(self.step_size, self.last_step * self.step_size, part)
+        starts = [part * (i + 1) for i in range(self.restarts)]
+        size = optax.join_schedules([fall] * (self.restarts + 1), starts)
         if self.update == "adam":
             return optax.adam(size, b1=self.momentum, b2=SECOND_MOMENT)
         return optax.chain(
@@ -249,14 +283,22 @@ class Ascent(Attack):
         due = climb.done % self.check_every == 0 or climb.done == self.steps
         if not due or climb.checked == climb.done:
             return climb
-        images = to_pixels(climb.z)
-        value, wrong = problem.judged(images, jax.random.split(key, self.check_seeds))
+        images, labels = _stored(climb.z)
+        value, wrong = problem.judged(images, jax.random.split(key, self.check_seeds), labels)
         climb = replace(climb, checked=climb.done)
         if value > climb.best_value:
-            climb = replace(climb, best=images, best_value=value)
+            best = climb.labels if labels is None else labels
+            climb = replace(climb, best=images, best_labels=best, best_value=value)
         journal.rows[-1] |= {"held_out_loss": value, "held_out_error": wrong}
         journal.save(climb.arrays())
         return climb
+
+
+def _stored(z: Poisoned) -> tuple[np.ndarray, np.ndarray | None]:
+    """The pixels as uint8; and where labels climb, the likeliest ones as int32."""
+    if isinstance(z, Poison):
+        return to_pixels(z.pixels), np.asarray(z.targets.argmax(-1), np.int32)
+    return to_pixels(z), None
 
 
 def _name(attack: Attack) -> str:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PRNGKeyArray, UInt8
+from jaxtyping import Array, Int32, Key, PRNGKeyArray, UInt8
 
 from poisonbench.attacks import Task
 from poisonbench.errors import UserError
 from poisonbench.trained import Layers, TrainedVictim
 from poisonbench.victim.evaluation import Goal, ValidationLoss, train
 from poisonbench.victim.recipe import Recipe
-from poisonbench.victim.training import Guard, TrainingRun, TrainingSet, TrainState
+from poisonbench.victim.training import Guard, Poison, TrainingRun, TrainingSet, TrainState
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,24 @@ class Problem:
         return self.judged(images, keys)[0]
 
     def judged(
-        self, images: UInt8[np.ndarray, "p h w c"], keys: Key[Array, " seeds"]
+        self,
+        images: UInt8[np.ndarray, "p h w c"],
+        keys: Key[Array, " seeds"],
+        labels: Int32[np.ndarray, " p"] | None = None,
     ) -> tuple[float, float]:
-        """The same mean loss, and the share of validation images that these victims get wrong."""
+        """The same mean loss, and the share of validation images that these victims get wrong.
+
+        Args:
+            images: the poison.
+            keys: of the victims.
+            labels: of the poison; None for those that the problem was made with.
+        """
         run, state = self.start(keys)
-        state = train(run, state, jnp.asarray(images, jnp.float32) / 255)
+        pixels = jnp.asarray(images, jnp.float32) / 255
+        if labels is None:
+            state = train(run, state, pixels)
+        else:
+            state = train(run, state, Poison(pixels, jax.nn.one_hot(labels, self.data.num_classes)))
         loss, wrong = _judge(self.loss, state)
         return float(loss), float(wrong)
 

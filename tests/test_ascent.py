@@ -5,12 +5,14 @@ Claims of `poisonbench.ascent` and `attacks.mgd` tested here, on made-up losses 
 - what is handed in is the poison of the check with the highest held-out loss, be it the first, the last
   or one between, and not where the climb ended;
 - every update climbs, and the sign of the mean moves all pixels equally far;
+- steps fall to the share that they are told, as often as they are told;
 - killed between a metastep and its check, it repeats the check alone and ends the same;
 - where no check is finite it says so;
 - killed within a metagradient, it goes on from there and ends the same; what another run left there is
   dropped;
 - a metastep's gradient is the mean over its runs, each with a key and a place of its own to go on from,
-  within the memory that was asked for.
+  within the memory that was asked for;
+- a gradient goes through a share of the run, and from a share of the metasteps on through all of it.
 """
 
 from __future__ import annotations
@@ -50,21 +52,21 @@ class Towards(Ascent):
     """Climbs minus half the squared distance to mid-grey, of which the gradient is the distance.
 
     Attributes:
-        calls: one entry for each gradient.
+        calls: for each gradient, how many metasteps had been taken.
     """
 
-    calls: list[str] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
 
     def gradient(
         self,
         problem: Problem,
         z: Float[Array, "p h w c"],
         key: PRNGKeyArray,
-        when: str,
+        done: int,
         journal: Journal,
     ) -> tuple[float, Float[Array, "p h w c"]]:
         """The distance."""
-        self.calls.append(when)
+        self.calls.append(done)
         return 0.0, TARGET - z
 
 
@@ -74,7 +76,7 @@ class Checks:
     def __init__(self, values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
         self.values = values
         self.seen: list[np.ndarray] = []
-        monkeypatch.setattr(Problem, "judged", lambda _, images, keys: (self.harm(images), WRONG))
+        monkeypatch.setattr(Problem, "judged", lambda _, images, *rest: (self.harm(images), WRONG))
 
     def harm(self, images: np.ndarray) -> float:
         self.seen.append(images)
@@ -111,6 +113,46 @@ def test_a_sign_step_moves_all_pixels_equally_far(monkeypatch: pytest.MonkeyPatc
     before, after = (images.astype(int) for images in checks.seen)
     assert set(np.abs(after - before).ravel()) == {20}
     np.testing.assert_array_equal(np.sign(after - before), np.sign(255 * TARGET - before))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [20, 15.5, 11, 6.5]),
+        ({"last_step": 1.0}, [20, 20, 20, 20]),
+        ({"last_step": 0.0}, [20, 15, 10, 5]),
+        ({"restarts": 1}, [20, 11, 20, 11]),
+        ({"restarts": 3}, [20, 20, 20, 20]),
+    ],
+)
+def test_steps_fall_as_they_are_told(
+    options: dict[str, Any], expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes in levels, seen on a pixel that has far to go."""
+    monkeypatch.setattr(Problem, "judged", lambda *_: (0.0, WRONG))
+    seen: list[float] = []
+
+    @dataclass(frozen=True)
+    class Watched(Towards):
+        def gradient(self, problem: Problem, z: Any, *rest: Any) -> Any:
+            seen.append(255 * float(z[far]))
+            return super().gradient(problem, z, *rest)
+
+    attack = Watched(steps=4, update="sign", momentum=0.0, step_size=20 / 255, **options)
+    start = attack.started(TASK, jax.random.split(KEY, 3)[0], Journal()).images
+    far = np.unravel_index(start.argmin(), start.shape)
+    assert start[far] == 0
+    attack.craft(TASK, KEY, Journal())
+    last = 0.0 if not seen else seen[-1]
+    sizes = np.diff(seen)
+    np.testing.assert_allclose(sizes, expected[:3], rtol=1e-4)
+    assert last == pytest.approx(sum(expected[:3]), rel=1e-4)
+
+
+def test_what_a_step_cannot_be_is_refused() -> None:
+    for options in ({"last_step": 1.5}, {"restarts": -1}, {"restarts": 4, "steps": 4}):
+        with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')}"):
+            Towards(**options)  # type: ignore[arg-type]
 
 
 def test_killed_before_a_check_it_repeats_the_check_alone(
@@ -152,7 +194,7 @@ def test_a_metastep_is_the_mean_of_its_runs(tmp_path: Path, monkeypatch: pytest.
     indices = TASK.random_indices(KEY)
     problem = Problem.of(TASK, indices, TASK.train_labels[indices], "cross_entropy")
     attack = mgd.MGD(runs_per_step=3, memory="1MiB")
-    value, gradient = attack.gradient(problem, jnp.zeros(SHAPE), KEY, "", Journal(tmp_path))
+    value, gradient = attack.gradient(problem, jnp.zeros(SHAPE), KEY, 0, Journal(tmp_path))
     assert value == pytest.approx(2.0)
     np.testing.assert_allclose(gradient, 6.0, rtol=1e-6)
     assert len(set(runs)) == 3
@@ -160,8 +202,28 @@ def test_a_metastep_is_the_mean_of_its_runs(tmp_path: Path, monkeypatch: pytest.
     places = [place for place, _ in asked]
     assert len(set(places)) == 3
     assert all(place is not None and place.parent == tmp_path for place in places)
-    attack.gradient(problem, jnp.zeros(SHAPE), KEY, "", Journal())
+    attack.gradient(problem, jnp.zeros(SHAPE), KEY, 0, Journal())
     assert asked[-1][0] is None
+
+
+def test_metasteps_are_truncated_until_they_are_to_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone_through: list[int] = []
+
+    def stated(step: Any, objective: Any, state: Any, num_steps: int, z: Array, **how: Any) -> Any:
+        gone_through.append(num_steps)
+        return jnp.float32(0), jnp.zeros(SHAPE)
+
+    monkeypatch.setattr(mgd, "metagradient", stated)
+    indices = TASK.random_indices(KEY)
+    problem = Problem.of(TASK, indices, TASK.train_labels[indices], "cross_entropy")
+    attack = mgd.MGD(steps=4, differentiated=0.5, full_from=0.5)
+    for done in range(4):
+        attack.gradient(problem, jnp.zeros(SHAPE), KEY, done, Journal())
+    whole = problem.start(KEY[None])[0].num_steps
+    half = round(whole / 2)
+    assert gone_through == [half, half, whole, whole]
+    with pytest.raises(UserError, match="--full-from"):
+        mgd.MGD(full_from=2.0)
 
 
 def crafted(folder: Path | None, seed: int = 0) -> str:

@@ -58,7 +58,7 @@ def test_a_pair_measures_the_metagradient_along_its_perturbation(task: Task) -> 
     indices = task.random_indices(KEY)
     problem = Problem.of(task, indices, task.train_labels[indices], "cross_entropy")
     z = jnp.asarray(task.train_images[indices], jnp.float32) / 255
-    _, estimate = es.ES(pairs=1, sigma=0.003).gradient(problem, z, KEY, "", Journal())
+    _, estimate = es.ES(pairs=1, sigma=0.003).gradient(problem, z, KEY, 0, Journal())
 
     noise_key, run_key = jax.random.split(KEY)
     noise = jax.random.normal(noise_key, z.shape)
@@ -83,7 +83,7 @@ def test_an_adaptive_attack_goes_through_the_defence(task: Task, against: str) -
     def found(against: str, labels: np.ndarray = task.train_labels[indices]) -> Any:
         attack: Any = attacks.build("mgd", [("against", against)] if against else [])
         problem = Problem.of(task, indices, labels, "cross_entropy", attack.guard())
-        return attack.gradient(problem, z, KEY, "", Journal()), problem
+        return attack.gradient(problem, z, KEY, 0, Journal()), problem
 
     (value, gradient), problem = found(against)
     assert float(jnp.abs(gradient).max()) > 1e-6
@@ -152,8 +152,8 @@ def test_a_share_of_the_run_is_differentiated(task: Task) -> None:
     indices = task.random_indices(KEY)
     problem = Problem.of(task, indices, task.train_labels[indices], "cross_entropy")
     z = jnp.asarray(task.train_images[indices], jnp.float32) / 255
-    value, gradient = mgd.MGD(differentiated=0.25).gradient(problem, z, KEY, "", Journal())
-    whole_value, whole = mgd.MGD().gradient(problem, z, KEY, "", Journal())
+    value, gradient = mgd.MGD(differentiated=0.25).gradient(problem, z, KEY, 0, Journal())
+    whole_value, whole = mgd.MGD().gradient(problem, z, KEY, 0, Journal())
     assert value == pytest.approx(whole_value, rel=1e-5)
 
     run, state = TrainingRun.start(problem.recipe, problem.data, jax.random.split(KEY, 1))
