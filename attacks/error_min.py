@@ -25,6 +25,10 @@ What is left open, and how it is settled here:
 - *A part of the set.* Under a fraction below 1, the victim trains on all images and the poisoned ones,
   drawn at random, are perturbed.
 
+Measured on `availability` (4,000 images of 16×16 within 8/255, ten pairs): 24.91 ± 1.75 points of 49.71
+lost by smooth victims and 25.10 ± 1.50 of 51.45 by standard ones. After 72 steps of training of the 128
+of a whole run the victim errs on 0.6 % of the images as they then are, and the attack stops.
+
 Cost: at most one victim training, and twenty backward passes over the poison for each four of its steps.
 """
 
