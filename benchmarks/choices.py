@@ -108,7 +108,8 @@ def changes(preset: Any) -> list[Change]:
             *({"differentiated": f"{share:g}"} for share in (0.5, 0.25)),
             *({"differentiated": f"{share:g}", "full-from": "0.5"} for share in (0.5, 0.25)),
         ],
-        "labels": [{"label-step": step} for step in ("0.1", "0.3", "1")],
+        # Labels of ten classes reach another in about 4.4 · 2 / (2 · steps) each, if all agree.
+        "labels": [{"label-step": _number(4.5 * k / max(1, preset.steps))} for k in (1, 3, 10)],
         "length": [
             {"steps": "0"},
             {"steps": f"{preset.steps // 2}"},

@@ -8,7 +8,16 @@ from typing import Any
 
 from poisonbench.records import Record
 
-LATER = {"against": "", "differentiated": 1.0, "memory": "2GiB", "temperature": 1.0}
+LATER = {
+    "against": "",
+    "differentiated": 1.0,
+    "full_from": 1.0,
+    "label_step": 0.0,
+    "last_step": 0.1,
+    "memory": "2GiB",
+    "restarts": 0,
+    "temperature": 1.0,
+}
 """Options that attacks were given later, with the values that they had in effect before, and that a row
 does not name."""
 

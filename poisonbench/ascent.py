@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from poisonbench.arrays import to_pixels
 from poisonbench.attacks import Attack, Task, require_at_least_one, require_positive
@@ -36,8 +37,8 @@ from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import Goal
 from poisonbench.victim.training import Poison
 
-Poisoned: TypeAlias = Array | Poison
-"""Poisoned pixels, `[p, height, width, channels]` in [0, 1]; or those and soft labels."""
+Poisoned: TypeAlias = Float[Array, "p height width channels"] | Poison
+"""Poisoned pixels in [0, 1]; or those and soft labels."""
 SECOND_MOMENT = 0.95
 """Share of Adam's second moment that a metastep keeps: gradients grow as the attack bites."""
 
@@ -104,7 +105,7 @@ class Ascent(Attack):
         steps: metasteps; 0 leaves the pixels of the start as they are.
         step_size: of the first metastep, in pixel units (1 is the whole range); it falls linearly.
         last_step: to what share of that it falls.
-        restarts: how often it falls anew, by equal parts of the metasteps.
+        restarts: how often it falls anew, by parts of the metasteps as equal as can be.
         update: `adam`, or the `sign` of the gradient's running mean.
         momentum: share of the running mean that each metastep keeps.
         goal: loss to climb: `cross_entropy`, or the expected `error`, which saturates.
@@ -266,10 +267,12 @@ class Ascent(Attack):
 
     def _optimizer(self) -> optax.GradientTransformation:
         """Descent on the negated loss."""
-        part = -(-max(1, self.steps) // (self.restarts + 1))
-        fall = optax.linear_schedule(self.step_size, self.last_step * self.step_size, part)
-        starts = [part * (i + 1) for i in range(self.restarts)]
-        size = optax.join_schedules([fall] * (self.restarts + 1), starts)
+        last, parts = self.last_step * self.step_size, self.restarts + 1
+        ends = [round(max(1, self.steps) * i / parts) for i in range(parts + 1)]
+        falls = [
+            optax.linear_schedule(self.step_size, last, end - begin) for begin, end in pairwise(ends)
+        ]
+        size = optax.join_schedules(falls, ends[1:-1])
         if self.update == "adam":
             return optax.adam(size, b1=self.momentum, b2=SECOND_MOMENT)
         return optax.chain(
@@ -290,6 +293,8 @@ class Ascent(Attack):
             best = climb.labels if labels is None else labels
             climb = replace(climb, best=images, best_labels=best, best_value=value)
         journal.rows[-1] |= {"held_out_loss": value, "held_out_error": wrong}
+        if labels is not None:
+            journal.rows[-1]["changed_labels"] = float((labels != climb.labels).mean())
         journal.save(climb.arrays())
         return climb
 

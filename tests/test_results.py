@@ -9,7 +9,9 @@ Claims of `results/` tested here:
   victims are the same to the last digit, and between kinds their means do not differ for sure;
 - where a filter drops nothing of the clean set, its clean victims are the undefended ones or, of another
   kind of machine, as good on average;
-- every file that says by what code it was made was made from committed code.
+- every file that says by what code it was made was made from committed code;
+- an option that an attack was given after a record was made is known to have come later, with the value
+  that it had in effect, so that rows are not told apart by it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 import pytest
 from scipy.stats import ttest_ind
 
+from poisonbench import attacks
 from poisonbench.records import Record
 from poisonbench.statistics import quantile
 from poisonbench.submission import manifest
@@ -115,3 +118,14 @@ def test_everything_was_made_from_committed_code(tables: list[Any]) -> None:
     }
     assert len(told) > len([row for game in tables for row in game.ranked])
     assert [path for path, code in told.items() if code.get("dirty") is not False] == []
+
+
+def test_options_that_came_later_are_known_as_such(tables: list[Any]) -> None:
+    later: Any = importlib.import_module("poisonbench.leaderboard.names").LATER
+    records = [row.record for game in tables for row in game.ranked if manifest.FILE not in row.beside]
+    ours = [record for record in records if record.attack in attacks.names()]
+    assert {record.attack for record in ours} >= {"mgd", "es"}
+    for record in ours:
+        now = attacks.config(attacks.build(record.attack, []))
+        missing = now.keys() - record.attack_config.keys()
+        assert {name: now[name] for name in missing} == {name: later.get(name) for name in missing}

@@ -3,8 +3,10 @@
 Claims of `attacks.mgd` and `poisonbench.ascent` tested here, on made-up gradients unless said:
 
 - a soft label starts with nine tenths on the label of the start, stays a distribution, and goes where
-  the gradient says; what is checked and handed in is the likeliest class, of the best check;
-- what all classes of an image gain alike moves nothing;
+  the gradient says, by a step of the logarithms of its shares; none of them is lost for ever;
+- what is checked and handed in is the likeliest class, of the best check, and how many labels have
+  changed is logged;
+- a gradient by classes is the mean over runs, less its mean under the distribution;
 - killed, it goes on and ends the same;
 - pixels climb as without soft labels;
 - the gradient is the derivative of the loss by pixels and by shares of classes (a real run);
@@ -43,7 +45,6 @@ WANTED = 1
 class Wanting(mgd.MGD):
     """Gains by the class `WANTED`, and by brightness."""
 
-    lifted: float = 0.0
     start: Any = "random"
 
     def gradient(self, problem: Problem, z: Any, key: Any, done: int, journal: Journal) -> Any:
@@ -53,7 +54,7 @@ class Wanting(mgd.MGD):
             return 0.0, up
         assert_distributions(z.targets)
         favoured = jax.nn.one_hot(jnp.full(len(pixels), WANTED), TASK.num_classes)
-        return 0.0, Poison(up, favoured + self.lifted)
+        return 0.0, Poison(up, favoured)
 
 
 def assert_distributions(targets: Any) -> None:
@@ -82,7 +83,8 @@ def wanting(**options: Any) -> Wanting:
 @pytest.mark.parametrize("best", range(3))
 def test_labels_go_where_they_gain(best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = Judge([float(i == best) for i in range(3)], monkeypatch)
-    poison = wanting().craft(TASK, KEY, Journal())
+    journal = Journal()
+    poison = wanting().craft(TASK, KEY, journal)
     own = TASK.train_labels[poison.indices]
     np.testing.assert_array_equal(judge.labels[0], own)
     assert (own != WANTED).any()
@@ -90,6 +92,8 @@ def test_labels_go_where_they_gain(best: int, monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(poison.labels, judge.labels[best])
     np.testing.assert_array_equal(poison.images, judge.images[best])
     assert poison.labels.dtype == np.int32
+    logged = [row["changed_labels"] for row in journal.rows if "changed_labels" in row]
+    assert logged == [float((labels != own).mean()) for labels in judge.labels]
 
 
 def test_pixels_climb_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +105,7 @@ def test_pixels_climb_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hard.labels == [None] * 3
 
 
-def test_a_soft_label_starts_near_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_soft_label_starts_near_its_own() -> None:
     start = Wanting(start="random").started(TASK, KEY, Journal())
     z = wanting().relaxed(TASK, start)
     assert isinstance(z, Poison)
@@ -111,20 +115,49 @@ def test_a_soft_label_starts_near_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
-def test_what_all_classes_gain_alike_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the real attack, whose gradient by classes is made up: it takes the mean away."""
-    monkeypatch.setattr(
-        mgd, "metagradient",
-        lambda step, objective, state, num_steps, z, **how: (
-            jnp.float32(0), Poison(jnp.zeros_like(z.pixels), jnp.full_like(z.targets, 7.0))
-        ),
-    )  # fmt: skip
-    attack = mgd.MGD(start="random", label_step=0.5)
+def test_gains_are_over_what_a_distribution_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the real attack, whose metagradients are made up: the mean of its runs, less that under z."""
+    made = [7.0 + k * jnp.arange(TASK.num_classes) for k in (1.0, 2.0, 6.0)]
+    left = list(made)
+
+    def stated(step: Any, objective: Any, state: Any, num_steps: int, z: Poison, **how: Any) -> Any:
+        row = left.pop(0)
+        return jnp.float32(0), Poison(jnp.zeros_like(z.pixels), jnp.zeros_like(z.targets) + row[None])
+
+    monkeypatch.setattr(mgd, "metagradient", stated)
+    attack = mgd.MGD(start="random", label_step=0.5, runs_per_step=3)
     start = attack.started(TASK, KEY, Journal())
     problem = Problem.of(TASK, start.indices, start.labels, "cross_entropy")
-    _, gradient = attack.gradient(problem, attack.relaxed(TASK, start), KEY, 0, Journal())
+    z = attack.relaxed(TASK, start)
+    assert isinstance(z, Poison)
+    _, gradient = attack.gradient(problem, z, KEY, 0, Journal())
     assert isinstance(gradient, Poison)
-    np.testing.assert_allclose(gradient.targets, 0, atol=1e-5)
+    mean = np.asarray(sum(made)) / 3
+    shares = np.asarray(z.targets)
+    np.testing.assert_allclose(gradient.targets, mean - (shares @ mean)[:, None], rtol=1e-5, atol=1e-5)
+
+
+def test_a_label_step_is_one_of_logarithms() -> None:
+    """Whatever the step of the pixels is; and no share is lost for ever."""
+    attack = mgd.MGD(start="random", label_step=1.5, step_size=0.03)
+    start = attack.started(TASK, KEY, Journal())
+    problem = Problem.of(TASK, start.indices, start.labels, "cross_entropy")
+    z = attack.relaxed(TASK, start)
+    assert isinstance(z, Poison)
+    up = 0.03 * (2 * jax.nn.one_hot(jnp.full(len(start.labels), WANTED), TASK.num_classes) - 1)
+    updates = Poison(jnp.zeros_like(z.pixels), up)
+    moved = attack.moved(problem, z, updates)
+    assert isinstance(moved, Poison)
+    assert_distributions(moved.targets)
+    ratio = jnp.log(moved.targets / z.targets)
+    np.testing.assert_allclose(ratio[:, WANTED] - ratio[:, WANTED - 1], 3.0, rtol=1e-4)
+    for _ in range(40):
+        moved = attack.moved(problem, moved, updates)
+    back = Poison(updates.pixels, -2 * up)
+    for _ in range(8):
+        moved = attack.moved(problem, moved, back)
+    assert isinstance(moved, Poison)
+    assert (np.asarray(moved.targets).argmax(-1) != WANTED).all()
 
 
 def test_killed_it_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,17 +168,25 @@ def test_killed_it_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest
         wanting().craft(TASK, KEY, Journal(tmp_path))
     Judge([1.0, 2.0], monkeypatch)
     assert wanting().craft(TASK, KEY, Journal(tmp_path)).hash == whole.hash
-    # What is best is kept with its labels, though those of later checks are others.
-    Judge([9.0, 1.0], monkeypatch)
-    with pytest.raises(IndexError):
-        wanting().craft(TASK, KEY, Journal(tmp_path / "first"))
-    Judge([2.0], monkeypatch)
-    poison = wanting().craft(TASK, KEY, Journal(tmp_path / "first"))
-    np.testing.assert_array_equal(poison.labels, TASK.train_labels[poison.indices])
+
+
+def test_what_is_best_is_kept_with_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it that of the start or a later one, over a kill and checks that are worse."""
+    for values, before_kill in (([9.0, 1.0], 0), ([0.0, 9.0], 1)):
+        folder = tmp_path / str(before_kill)
+        judge = Judge(values, monkeypatch)
+        with pytest.raises(IndexError):
+            wanting().craft(TASK, KEY, Journal(folder))
+        best = judge.labels[before_kill]
+        Judge([2.0], monkeypatch)
+        poison = wanting().craft(TASK, KEY, Journal(folder))
+        np.testing.assert_array_equal(poison.labels, best)
+    assert (best == WANTED).all()
+    assert (TASK.train_labels[poison.indices] != WANTED).any()
 
 
 @pytest.mark.slow
-def test_its_gradient_is_the_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_gradient_is_the_derivative() -> None:
     attack = mgd.MGD(start="random", label_step=0.5)
     start = attack.started(TASK, KEY, Journal())
     problem = Problem.of(TASK, start.indices, start.labels, "cross_entropy")
