@@ -27,7 +27,8 @@ What the paper leaves open, and how it is settled here:
 - *Soft labels.* Labels that are free may climb as the pixels do (`--label-step`): distributions over
   classes, moved by multiplicative weights, `p ∝ p · exp(η u)`, where u is the optimizer's update along
   `∂φ/∂p` less its mean under p, which no distribution can follow. The logged loss is of victims of soft
-  labels; checks, and what is handed in, are of the likeliest class.
+  labels; checks, and what is handed in, are of the likeliest class. From the start `influence` no label
+  of `digits` changed so.
 - *The step.* Adam on the pixels, its size falling linearly to a tenth; the gradient's scale grows as the
   attack bites, so its second moment forgets fast (a share of 0.95 is kept). A plain sign step
   moves every pixel equally far, those with no signal too, and seeds agree too little for that.
