@@ -283,7 +283,7 @@ class MGD(Ascent):
         step: Step,
         state: TrainState,
         num_steps: int,
-        z: Poisoned,
+        z: Array | Poison,
         when: str,
         place: Path | None,
     ) -> tuple[Array, Any]:
