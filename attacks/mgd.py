@@ -23,7 +23,7 @@ What the paper leaves open, and how it is settled here:
   `--start pair` finds the two classes by trial, as `label_flip` does, and ranks the images of one.
 - *The loss.* Victims of half the accuracy are unsure of most images, and the loss of all of them can
   rise while few answers change. `--goal error --temperature` below 1 climbs what is closer to the share
-  of wrong answers.
+  of wrong answers. `--goal margin` pulls as much at every answer.
 - *Soft labels.* Labels that are free may climb as the pixels do (`--label-step`): distributions over
   classes, moved by multiplicative weights, `p ∝ p · exp(η u)`, where u is the optimizer's update along
   `∂φ/∂p` less its mean under p, which no distribution can follow. The logged loss is of victims of soft

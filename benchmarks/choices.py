@@ -85,6 +85,7 @@ def changes(preset: Any) -> list[Change]:
         "start": [{"start": start} for start in starts if start != preset.start],
         "goal": [
             {"goal": other},
+            {"goal": "margin"},
             {"temperature": _number(0.5 if preset.temperature == 1 else 1)},
             {"goal": other, "temperature": _number(0.5 if preset.temperature == 1 else 1)},
         ],

@@ -135,7 +135,8 @@ def _drop(row: Row, recipe: str) -> dict[str, float]:
 def _goal(row: Row) -> str:
     """What a row's attack climbed, in words."""
     config = row.record.attack_config
-    loss = "expected validation error" if config.get("goal") == "error" else "validation loss"
+    goals = {"error": "expected validation error", "margin": "validation margin"}
+    loss = goals.get(config.get("goal", ""), "validation loss")
     temperature = config.get("temperature", 1)
     return loss if temperature == 1 else f"{loss} at temperature {temperature:g}"
 

@@ -108,7 +108,8 @@ class Ascent(Attack):
         restarts: how often it falls anew, by parts of the metasteps as equal as can be.
         update: `adam`, or the `sign` of the gradient's running mean.
         momentum: share of the running mean that each metastep keeps.
-        goal: loss to climb: `cross_entropy`, or the expected `error`, which saturates.
+        goal: loss to climb: `cross_entropy`, the `margin` of the best wrong answer over the right one,
+            or the expected `error`, which saturates.
         temperature: the victims' logits are divided by it before that. Where they are unsure, much of
             either loss at 1 is of answers that stay as they are; the lower, the more only those count
             that a little more would change.

@@ -88,6 +88,7 @@ def test_what_makes_a_curve(results: Path) -> None:
     ("config", "goal"),
     [
         ({"goal": "error"}, "expected validation error"),
+        ({"goal": "margin"}, "validation margin"),
         ({"temperature": 0.5}, "validation loss at temperature 0.5"),
     ],
 )

@@ -16,12 +16,14 @@ here:
 - augmentation gives the same images for the same key, of the same shape, each a mirrored or shifted
   one, and differentiates as the linear map that it is; every step of a run draws its own, and nothing
   else in the step draws from the same keys;
+- each goal of the loss is what it is said to be, and the margin pulls as much wherever it stands;
 - the error of cold logits is the share of wrong answers, and cross-entropy divides them as well;
 - the derivative of the loss of many images is that of its parts, and keeps hardly more than one part's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -328,6 +330,25 @@ def test_augmentation_and_a_defence_draw_from_keys_of_their_own(
     _update(run, alone, augment(RECIPE, images, key), targets, None, key)
     assert len(seen) == 4  # mirrors, shifts, the defence's augmentation and its aggregation
     assert len(set(seen)) == 4
+
+
+def test_a_loss_is_what_its_goal_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = jnp.array([[[2.0, 5.0, 1.0], [3.0, 0.0, -1.0], [0.5, 0.5, 0.0]]])  # of one victim
+    monkeypatch.setattr(ValidationLoss, "_logits", lambda _, state: state.params)
+
+    def loss(goal: evaluation.Goal, temperature: float = 1.0) -> Callable[[Array], Array]:
+        images, labels = jnp.zeros((3, 1, 1, 1)), jnp.array([0, 0, 0])
+        of = ValidationLoss(RECIPE, 3, goal, images, labels, temperature)
+        return lambda said: of(TrainState(said, None, None))
+
+    shares = np.exp(said[0]) / np.exp(said[0]).sum(-1, keepdims=True)
+    assert float(loss("margin")(said)) == pytest.approx((3 - 3 + 0) / 3)
+    assert float(loss("margin", 0.5)(said.at[..., 1].add(1))) == pytest.approx(2 * (4 - 2 + 1) / 3)
+    assert float(loss("error")(said)) == pytest.approx(1 - float(shares[:, 0].mean()))
+    assert float(loss("cross_entropy")(said)) == pytest.approx(-float(np.log(shares[:, 0]).mean()))
+    ((surely_wrong, surely_right, _),) = jax.grad(loss("margin"))(said)
+    np.testing.assert_allclose(surely_wrong, np.array([-1, 1, 0]) / 3, rtol=1e-6)
+    np.testing.assert_allclose(surely_right, np.array([-1, 1, 0]) / 3, rtol=1e-6)
 
 
 @pytest.mark.slow

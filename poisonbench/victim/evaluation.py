@@ -15,7 +15,7 @@ from poisonbench.arrays import CHUNK
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.training import Poison, TrainingRun, TrainingSet, TrainState, logits
 
-Goal = Literal["cross_entropy", "error"]
+Goal = Literal["cross_entropy", "margin", "error"]
 KEPT = 2000
 """Images of which a derivative keeps all that was computed; of more it computes each chunk anew."""
 
@@ -28,12 +28,13 @@ class ValidationLoss:
     Attributes:
         recipe: the victims'.
         num_classes: how many labels there are.
-        goal: `cross_entropy` in nats, or `error`, the expected share of wrong answers, which
-            saturates where an answer is already wrong.
+        goal: `cross_entropy` in nats; `margin`, by how much the largest logit of a wrong class exceeds
+            that of the right one; or `error`, the expected share of wrong answers, which saturates
+            where an answer is surely right or surely wrong.
         images: `[m, height, width, channels]`, uint8.
         labels: `[m]`, int32.
         temperature: logits are divided by it; the lower, the closer `error` comes to the share of
-            wrong answers.
+            wrong answers. Of `margin` it is only the unit.
     """
 
     recipe: Recipe = field(metadata={"static": True})
@@ -55,6 +56,9 @@ class ValidationLoss:
             if self.goal == "error":
                 right = jnp.take_along_axis(jax.nn.softmax(said), self.labels[:, None], axis=1)
                 return 1 - right.mean()
+            if self.goal == "margin":
+                truth = jax.nn.one_hot(self.labels, self.num_classes, dtype=bool)
+                return (said.max(-1, where=~truth, initial=-jnp.inf) - (said * truth).sum(-1)).mean()
             return optax.softmax_cross_entropy_with_integer_labels(said, self.labels).mean()
 
         return jax.vmap(one_seed)(state)
