@@ -1,7 +1,7 @@
 """A training is a pure function of (recipe, data, key), and of the poison.
 
-Claims of the docstrings of `poisonbench.victim.training` and `poisonbench.victim.evaluation` tested
-here:
+Claims of the docstrings of `poisonbench.victim.training` tested here, and of what trains and scores in
+`poisonbench.victim.evaluation`:
 
 - the same key gives the same victim, byte for byte, and another key another one;
 - every epoch has an order of its own, without repeats;
@@ -15,15 +15,11 @@ here:
 - what the attack trains scores the same as what the harness trains, and it does learn;
 - augmentation gives the same images for the same key, of the same shape, each a mirrored or shifted
   one, and differentiates as the linear map that it is; every step of a run draws its own, and nothing
-  else in the step draws from the same keys;
-- each goal of the loss is what it is said to be, and the margin pulls as much wherever it stands;
-- the error of cold logits is the share of wrong answers, and cross-entropy divides them as well;
-- the derivative of the loss of many images is that of its parts, and keeps hardly more than one part's.
+  else in the step draws from the same keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +33,6 @@ from sklearn.datasets import load_digits
 
 from poisonbench.defenses import Composed, Defense
 from poisonbench.metagradient import metagradient
-from poisonbench.victim import evaluation
 from poisonbench.victim.evaluation import ValidationLoss, train, train_and_score
 from poisonbench.victim.recipe import STANDARD, Recipe
 from poisonbench.victim.training import (
@@ -330,82 +325,6 @@ def test_augmentation_and_a_defence_draw_from_keys_of_their_own(
     _update(run, alone, augment(RECIPE, images, key), targets, None, key)
     assert len(seen) == 4  # mirrors, shifts, the defence's augmentation and its aggregation
     assert len(set(seen)) == 4
-
-
-def test_a_loss_is_what_its_goal_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = jnp.array([[[2.0, 5.0, 1.0], [3.0, 0.0, -1.0], [0.5, 0.5, 0.0]]])  # of one victim
-    monkeypatch.setattr(ValidationLoss, "_logits", lambda _, state: state.params)
-
-    def loss(goal: evaluation.Goal, temperature: float = 1.0) -> Callable[[Array], Array]:
-        images, labels = jnp.zeros((3, 1, 1, 1)), jnp.array([0, 0, 0])
-        of = ValidationLoss(RECIPE, 3, goal, images, labels, temperature)
-        return lambda said: of(TrainState(said, None, None))
-
-    shares = np.exp(said[0]) / np.exp(said[0]).sum(-1, keepdims=True)
-    assert float(loss("margin")(said)) == pytest.approx((3 - 3 + 0) / 3)
-    assert float(loss("margin", 0.5)(said.at[..., 1].add(1))) == pytest.approx(2 * (4 - 2 + 1) / 3)
-    assert float(loss("error")(said)) == pytest.approx(1 - float(shares[:, 0].mean()))
-    assert float(loss("cross_entropy")(said)) == pytest.approx(-float(np.log(shares[:, 0]).mean()))
-    ((surely_wrong, surely_right, _),) = jax.grad(loss("margin"))(said)
-    np.testing.assert_allclose(surely_wrong, np.array([-1, 1, 0]) / 3, rtol=1e-6)
-    np.testing.assert_allclose(surely_right, np.array([-1, 1, 0]) / 3, rtol=1e-6)
-
-
-@pytest.mark.slow
-def test_the_colder_the_logits_the_closer_the_error_to_the_share_of_wrong_answers(
-    digits: Digits,
-) -> None:
-    data = TrainingSet.clean(digits.images, digits.labels, 10)
-    _, state = TrainingRun.start(RECIPE, data, keys(0))
-    images, labels = jnp.asarray(digits.test_images), jnp.asarray(digits.test_labels)
-    said = logits(RECIPE, 10, jax.tree.map(lambda x: x[0], state), images / 255)
-    wrong = float((said.argmax(-1) != labels).mean())
-
-    def loss(goal: evaluation.Goal, temperature: float) -> float:
-        return float(ValidationLoss(RECIPE, 10, goal, images, labels, temperature)(state))
-
-    far, near = (abs(loss("error", temperature) - wrong) for temperature in (1.0, 1e-5))
-    assert near < 0.01
-    cold = ValidationLoss(RECIPE, 10, "error", images, labels, 1e-5)
-    assert float(cold.wrong(state)) == pytest.approx(wrong)
-    assert near < far / 3
-    expected = -jnp.take_along_axis(jax.nn.log_softmax(said / 0.5), labels[:, None], axis=1).mean()
-    np.testing.assert_allclose(loss("cross_entropy", 0.5), expected, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_loss_of_many_images_is_differentiated_within_the_memory_of_few(
-    digits: Digits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = TrainingSet.clean(digits.images, digits.labels, 10)
-    _, state = TrainingRun.start(RECIPE, data, keys(0))
-
-    def loss(images: np.ndarray, labels: np.ndarray) -> ValidationLoss:
-        return ValidationLoss(RECIPE, 10, "cross_entropy", jnp.asarray(images), jnp.asarray(labels))
-
-    def kept(count: int) -> int:
-        many = loss(np.resize(digits.images, (count, 8, 8, 1)), np.resize(digits.labels, count))
-
-        def pulled_back(params: PyTree) -> PyTree:
-            return jax.vjp(lambda p: many(replace(state, params=p)), params)[1]
-
-        found = jax.eval_shape(pulled_back, state.params)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
-
-    assert kept(500) > 2**20  # one chunk
-    assert kept(8000) - kept(4000) < kept(500) / 2
-    assert kept(4000) < kept(1000)
-
-    monkeypatch.setattr(evaluation, "KEPT", 500)
-    images, labels = np.resize(digits.images, (1000, 8, 8, 1)), np.resize(digits.labels, 1000)
-
-    def gradient(part: slice) -> PyTree:
-        of = loss(images[part], labels[part])
-        return jax.jit(jax.grad(lambda p: of(replace(state, params=p))))(state.params)
-
-    whole, *halves = map(gradient, (slice(None), slice(0, 500), slice(500, None)))
-    for found, one, other in zip(*map(jax.tree.leaves, (whole, *halves)), strict=True):
-        np.testing.assert_allclose(found, (one + other) / 2, rtol=1e-3, atol=1e-6)
 
 
 def test_augmentation_differentiates_as_a_linear_map() -> None:
