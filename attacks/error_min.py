@@ -9,9 +9,10 @@ a few steps of training on the images as they now are, then twenty signed steps 
 down the loss of the victim as it now is. A network that trains on them finds the noise, not the image.
 
 Paper: Huang, Ma, Erfani, Bailey and Wang, "Unlearnable Examples: Making Personal Data Unexploitable",
-ICLR 2021, https://arxiv.org/abs/2101.04898 (the noise for each sample, not for each class). On all of
-CIFAR-10 within 8/255, a victim that has 94.68 % on clean data is left with 21.05 %, as a later paper
-measured it (Liu et al., "Image Shortcut Squeezing", 2023, https://arxiv.org/abs/2301.13838).
+ICLR 2021, https://arxiv.org/abs/2101.04898 (the noise for each sample, not for each class).
+
+Published: on all of CIFAR-10 within 8/255, a victim that has 94.68 % on clean data is left with 21.05 %,
+as a later paper measured it (Liu et al., "Image Shortcut Squeezing", 2023, https://arxiv.org/abs/2301.13838).
 
 What is left open, and how it is settled here:
 

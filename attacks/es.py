@@ -10,7 +10,7 @@ no derivative of anything: victims that cannot be differentiated can be attacked
 metagradients buy is what `mgd` gains over this attack from the same start at the same number of training
 runs; by default `mgd` starts from a ranking by metagradients, which they buy as well.
 
-Estimator: Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement Learning",
+Paper: Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement Learning",
 2017, https://arxiv.org/abs/1703.03864; with a common `ω` in a pair as in the training of learned
 optimizers (Metz et al., "VeLO", 2022, https://arxiv.org/abs/2211.09760). No published use of it for
 poisoning was found.
@@ -34,8 +34,8 @@ They raise held-out loss from 0.080 to 0.152, evolution strategies to 0.095.
 
 On `cifar10-small` (100 of 4,000 images, ten pairs, 24 metasteps from random images) 0.68 ± 0.45 (smooth)
 and 0.90 ± 0.81 (standard), where noise takes 0.50 ± 0.48. With free labels 1.69 ± 0.37 and 0.80 ± 0.82,
-from concentrated flips by 12 metasteps along the error at a temperature of 0.5, at as many trainings as
-`mgd` takes 3.30 ± 0.44 with; here too what is kept is the start.
+from concentrated flips by 12 metasteps along the error at a temperature of 0.5, at no fewer trainings
+than `mgd` takes 3.30 ± 0.44 with; here too what is kept is the start.
 
 Cost: `steps × 2 × pairs` victim trainings, and `check_seeds` at every check. A metastep of two pairs
 is four trainings, where a metagradient costs three to four.

@@ -10,8 +10,9 @@ With `g(w)` the summed gradient of the loss over the images that stay clean,
 3. several radii r are tried, and the poison is kept that does most harm to victims trained on it.
 
 Paper: Lu, Kamath and Yu, "Exploring the Limits of Model-Targeted Indiscriminate Data Poisoning
-Attacks", ICML 2023, https://arxiv.org/abs/2303.03592. With 2.5 % of CIFAR-10 it costs 0.8 points of
-accuracy, as Engstrom et al. (2025) measured it.
+Attacks", ICML 2023, https://arxiv.org/abs/2303.03592.
+
+Published: with 2.5 % of CIFAR-10 it costs 0.8 points of accuracy, as Engstrom et al. (2025) measured it.
 
 What is left open, and how it is settled here:
 

@@ -5,12 +5,27 @@ labels that they find least likely. The same number of flips, all from one class
 neighbour, moves the boundary between the two and is the attack to beat wherever labels are free. (Flips
 ranked by metagradients are `mgd --start influence --steps 0`.)
 
+With p(c | x) what clean victims say of an image, on average, a label y becomes
+
+    random:        c ~ U{classes other than y}, of images drawn at random;
+    confident:     argmin over c ≠ y of p(c | x), of the images of the largest p(y | x);
+    concentrated:  one b of images drawn from one class a, the pair (a, b) that hurts most.
+
 Where labels are fixed and pixels are not, copies of the images take places of the classes that the wrong
 labels name: the same wrong pairs, but most originals stay.
 
 Paper: Biggio, Nelson and Laskov, "Support Vector Machines Under Adversarial Label Noise", ACML 2011,
 https://proceedings.mlr.press/v20/biggio11.html, for random flips; the confident and the concentrated
 choice are ours.
+
+What is left open, and how it is settled here:
+
+- *Which pair of classes.* Pairs are ranked by how much probability clean victims give to the wrong one,
+  in either direction; flips of the first few are each tried on victims, by the error on validation data.
+- *Which images of the class*: random ones. `mgd --start pair` ranks them.
+- *Where copies go*: to random places of the class that the label names.
+
+Published: for support vector machines, and for no game as the ones here.
 
 Cost: random, none; confident, `trial_seeds` victim trainings; concentrated,
 `(candidates + 1) × trial_seeds`.

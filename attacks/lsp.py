@@ -3,12 +3,17 @@
 Every class has a point in a space of few dimensions, and an image gets the point of its class plus a
 little noise, drawn as a grid of square blocks of one colour each and added to the pixels. A victim that
 learns to read the pattern needs nothing of the image, and on clean images finds no pattern. Neither
-victim nor gradient is needed to make it.
+victim nor gradient is needed to make it. Of an image x of class y
+
+    x' = x + r · U(v / max |v|),    v = s μ_y + ε,    ε ~ N(0, 1) per block and channel,
+
+with r the radius, μ_y the point of the class, s how far the classes are apart, and U drawing each block.
 
 Paper: Yu, Zhang, Chen, Yin and Liu, "Availability Attacks Create Shortcuts", KDD 2022,
-https://arxiv.org/abs/2111.00898. On all of CIFAR-10, a victim that has 94.68 % on clean data is left
-with 19.07 %, as a later paper measured it (Liu et al., "Image Shortcut Squeezing", 2023,
-https://arxiv.org/abs/2301.13838).
+https://arxiv.org/abs/2111.00898.
+
+Published: on all of CIFAR-10, a victim that has 94.68 % on clean data is left with 19.07 %, as a later
+paper measured it (Liu et al., "Image Shortcut Squeezing", 2023, https://arxiv.org/abs/2301.13838).
 
 What is left open, and how it is settled here:
 

@@ -1,4 +1,15 @@
-"""Control: random images replaced by uniform noise, labels kept."""
+"""Control: random images replaced by noise, labels kept.
+
+Every pixel of a poisoned image is drawn uniformly from what the budget allows there, `U{low, …, high}`
+in 8 bits. What this loses is what the missing images were worth; an attack that does not lose more has
+achieved nothing by its choice of pixels.
+
+Measured on `digits` (12 of 500 images, ten pairs of smooth victims): 0.13 to 0.35 points lost, over five
+draws; on `cifar10-small` (100 of 4,000) 0.50 ± 0.48, and within 8/255 on all images (`availability`)
+0.01 ± 0.28, of one draw each.
+
+Cost: none.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +26,7 @@ from poisonbench.threat import PoisonSet
 
 @dataclass(frozen=True)
 class Noise(Attack):
-    """Every pixel of a poisoned image is uniform over what the budget allows there.
-
-    What this loses is what the missing images were worth; an attack that does not lose more has
-    achieved nothing by its choice of pixels. Cost: none. Measured on `digits` (12 of 500 images, ten
-    pairs of smooth victims): 0.13 to 0.35 points lost, over five draws; on `cifar10-small` (100 of
-    4,000) 0.50 ± 0.48, and within 8/255 on all images (`availability`) 0.01 ± 0.28, of one draw each.
-    """
+    """Uniform noise in place of images drawn without replacement."""
 
     control = True
 

@@ -1,4 +1,8 @@
-"""Control: changes nothing, so every drop that is measured for it is chance."""
+"""Control: changes nothing.
+
+A victim and its clean twin are then the same, so the drop is exactly zero, as measured on every track;
+what differs from it tells of a fault of the harness. Cost: none.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from poisonbench.threat import PoisonSet
 
 @dataclass(frozen=True)
 class NoAttack(Attack):
-    """An empty poison set. Paired victims are then the same, and the drop is exactly zero."""
+    """An empty poison set."""
 
     control = True
 

@@ -7,9 +7,10 @@ all images of a class carry features of one and the same other class. Victims th
 those features under the wrong name.
 
 Paper: Fowl, Goldblum, Chiang, Geiping, Czaja and Goldstein, "Adversarial Examples Make Strong Poisons",
-NeurIPS 2021, https://arxiv.org/abs/2106.10807 (the class-targeted variant, its strongest). On all of
-CIFAR-10 within 8/255, a victim that has 94.68 % on clean data is left with 8.17 %, as a later paper
-measured it (Liu et al., "Image Shortcut Squeezing", 2023, https://arxiv.org/abs/2301.13838).
+NeurIPS 2021, https://arxiv.org/abs/2106.10807 (the class-targeted variant, its strongest).
+
+Published: on all of CIFAR-10 within 8/255, a victim that has 94.68 % on clean data is left with 8.17 %,
+as a later paper measured it (Liu et al., "Image Shortcut Squeezing", 2023, https://arxiv.org/abs/2301.13838).
 
 What is left open, and how it is settled here:
 

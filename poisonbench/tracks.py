@@ -160,7 +160,7 @@ victims of the same one). With fixed labels `mgd` climbs from images as they are
 (`--start-seeds 3 --goal error --temperature 0.5 --steps 40`, which takes 2½ hours). From copies of
 wrong pairs (`--start influence`) its steps lower held-out loss, and the start is kept: 0.97 ± 0.45 and
 1.57 ± 0.73. Noise takes 0.50 ± 0.48 and 0.25 ± 0.81. With free labels `mgd` takes 3.30 ± 0.44 and 2.34
-± 0.85, in some 80 minutes, concentrated flips 2.09 ± 0.73 and 1.20 ± 0.98.
+± 0.85, in some 95 minutes, concentrated flips 2.09 ± 0.73 and 1.20 ± 0.98.
 
 The surrogate is the smooth recipe, by what one sign step of 0.1 on the 100 most influential images gains
 on other seeds than its own: 0.024 ± 0.011 nats of validation loss, 0.018 ± 0.012 with half the width
@@ -196,8 +196,8 @@ evaluation from the last victim. Published ResNet-9s have 92 to 94 %, and the pa
 after some 800 metasteps.
 
 It has not been run whole. Every part of it runs, at full width, in eleven minutes and 8 GiB on one CPU
-core, with `--train-size 100 --val-size 250 --test-size 250 --set epochs=1 --set batch_size=50 --seeds 2
---steps 2 --start-seeds 1 --check-seeds 1`; such victims learn nothing.
+core (not on record), with `--train-size 100 --val-size 250 --test-size 250 --set epochs=1 --set
+batch_size=50 --seeds 2 --steps 2 --start-seeds 1 --check-seeds 1`; such victims learn nothing.
 """
 
 AVAILABILITY = Track(
