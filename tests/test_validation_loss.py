@@ -4,7 +4,8 @@ Claims of the docstring of `poisonbench.victim.evaluation.ValidationLoss` tested
 
 - each goal is what it is said to be, and the margin pulls as much wherever it stands;
 - the error of cold logits is the share of wrong answers, and cross-entropy divides them as well;
-- the derivative of the loss of many images is that of its parts, and keeps hardly more than one part's.
+- the derivative of the loss of many images is that of its parts, and keeps hardly more than one part's;
+- nor is it made image by image: in memory it takes hardly more than that of one part.
 """
 
 from __future__ import annotations
@@ -108,3 +109,18 @@ def test_the_loss_of_many_images_is_differentiated_within_the_memory_of_few(
     whole, *halves = map(gradient, (slice(None), slice(0, 500), slice(500, None)))
     for found, one, other in zip(*map(jax.tree.leaves, (whole, *halves)), strict=True):
         np.testing.assert_allclose(found, (one + other) / 2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_derivative_of_the_loss_is_made_in_the_memory_of_one_part() -> None:
+    wide = Recipe(width=16, batch_size=20)
+    data = TrainingSet.clean(IMAGES[:100], LABELS[:100], 10)
+    _, state = TrainingRun.start(wide, data, jax.random.split(jax.random.key(0), 1))
+
+    def temporary(count: int) -> int:
+        images, labels = jnp.asarray(IMAGES[:count]), jnp.asarray(LABELS[:count])
+        of = ValidationLoss(wide, 10, "cross_entropy", images, labels)
+        derivative = jax.jit(jax.grad(lambda params: of(replace(state, params=params))))
+        return derivative.lower(state.params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(700) < 1.5 * temporary(500)

@@ -146,11 +146,14 @@ def train_and_score_epochs(
 def _chunked_logits(
     recipe: Recipe, num_classes: int, state: TrainState, images: Array
 ) -> Float[Array, "m classes"]:
-    # In chunks, since what a network computes of a whole test set would not fit in memory.
-    def one(image: Array) -> Array:
-        return logits(recipe, num_classes, state, image[None].astype(jnp.float32) / 255)[0]
+    # In chunks, since what a network computes of a whole test set would not fit in memory. Not image by
+    # image, as `lax.map` with a batch size would: that makes a gradient by weights for each image.
+    def some(images: Array) -> Array:
+        return logits(recipe, num_classes, state, images.astype(jnp.float32) / 255)
 
     if len(images) <= CHUNK:
-        return logits(recipe, num_classes, state, images.astype(jnp.float32) / 255)
-    each = one if len(images) <= KEPT else jax.checkpoint(one)
-    return jax.lax.map(each, images, batch_size=CHUNK)
+        return some(images)
+    each = some if len(images) <= KEPT else jax.checkpoint(some)
+    whole = len(images) // CHUNK * CHUNK
+    said = jax.lax.map(each, images[:whole].reshape(-1, CHUNK, *images.shape[1:])).reshape(whole, -1)
+    return jnp.concatenate([said, each(images[whole:])]) if whole < len(images) else said
