@@ -206,7 +206,19 @@ AVAILABILITY = Track(
     dataset=CIFAR10_SMALL.dataset,
     budget=Budget(fraction=1, pixels=LInf(radius=8)),
     recipes=CIFAR10_SMALL.recipes,
-    attack_options=CIFAR10_SMALL.attack_options,
+    attack_options=MappingProxyType(
+        {
+            **CIFAR10_SMALL.attack_options,
+            # A step has to be small beside the radius, and there is no choice of images.
+            "mgd": {
+                **CIFAR10_SMALL.attack_options["mgd"],
+                "start": "random",
+                "step-size": "0.008",
+                "steps": "12",
+                "check-every": "4",
+            },
+        }
+    ),
 )
 """`poisonbench run --attack error_min --track availability`: all 4,000 images, each pixel by up to 8
 levels.
@@ -214,8 +226,8 @@ levels.
 On one core `lsp` is made at once, `tap` and `error_min` in some twenty-five minutes; twenty clean
 victims, which are those of `cifar10-small`, and twenty poisoned ones take some twenty minutes each.
 `error_min` costs 24.9 ± 1.8 points (smooth) and 25.1 ± 1.5 (standard), `lsp` 17.6 ± 1.3 and 24.7 ± 1.2,
-`tap` 18.1 ± 1.8 and 15.7 ± 1.3; noise of the same size is not told from none (0.0 ± 0.3 and 0.3 ± 0.6).
-`mgd` has not been measured.
+`tap` 18.1 ± 1.8 and 15.7 ± 1.3, `mgd` 10.3 ± 1.1 and 4.9 ± 0.7 by eight metasteps; noise of the same
+size is not told from none (0.0 ± 0.3 and 0.3 ± 0.6).
 """
 
 TRACKS: Mapping[str, Track] = MappingProxyType(
