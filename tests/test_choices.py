@@ -139,21 +139,32 @@ def test_an_attack_that_does_not_suit_the_game_is_refused(tmp_path: Path) -> Non
 
 
 def test_what_the_page_says_of_later_choices_is_what_was_measured() -> None:
-    """None is told from chance; and what both files hold was found again, to the last digit."""
+    """Which are told from chance; and what an earlier file holds too was found again to the last digit."""
     root = Path(__file__).parents[1]
     folder, page = root / "benchmarks/results/choices", (root / "docs/choices.md").read_text("utf-8")
-    steps, soft = (
-        Choices.load(folder / f"digits-{name}.json") for name in ("fixed-step", "free-labels")
-    )
-    later = [row for row in steps.rows if row.title in ("last-step=1", "last-step=0", "restarts=2")]
-    labels = [row for row in soft.rows if row.group == "labels"]
-    assert len(later) == len(labels) == 3
-    for result, rows in ((steps, later), (soft, labels)):
-        assert [row.title for row in rows if result.told(row, "smooth")] == []
+
+    def load(name: str) -> Choices:
+        return Choices.load(folder / f"digits-{name}.json")
+
+    later = {
+        "fixed-step": ("last-step=1", "last-step=0", "restarts=2"),
+        "free-labels": ("label-step=0.1", "label-step=0.3", "label-step=1"),
+        "fixed-goal-truncated": (
+            "goal=margin", "differentiated=0.5, full-from=0.5", "differentiated=0.25, full-from=0.5",
+        ),
+    }  # fmt: skip
+    told = set()
+    for name, titles in later.items():
+        result = load(name)
+        rows = [row for row in result.rows if row.title in titles]
+        assert len(rows) == 3
         for row in rows:
             assert f"{result.drop(row, 'smooth').mean:.1f}" in page
-    whole = {row.title: row for row in Choices.load(folder / "digits-fixed.json").rows}
-    again = [row for row in steps.rows if row.title in whole]
-    assert len(again) == 5
-    for row in again:
-        assert row.poisoned == whole[row.title].poisoned
+        told |= {row.title for row in rows if result.told(row, "smooth")}
+    assert told == {"goal=margin", "differentiated=0.25, full-from=0.5"}
+    whole = {row.title: row for row in load("fixed").rows}
+    for name, count in (("fixed-step", 5), ("fixed-goal-truncated", 8)):
+        again = [row for row in load(name).rows if row.title in whole]
+        assert len(again) == count
+        for row in again:
+            assert row.poisoned == whole[row.title].poisoned
