@@ -139,7 +139,7 @@ def test_an_attack_that_does_not_suit_the_game_is_refused(tmp_path: Path) -> Non
 
 
 def test_what_the_page_says_of_later_choices_is_what_was_measured() -> None:
-    """Which are told from chance; and what an earlier file holds too was found again to the last digit."""
+    """Which are told from chance; and what an earlier file holds too was found again, digit by digit."""
     root = Path(__file__).parents[1]
     folder, page = root / "benchmarks/results/choices", (root / "docs/choices.md").read_text("utf-8")
 
