@@ -9,7 +9,7 @@ With p(c | x) what clean victims say of an image, on average, a label y becomes
 
     random:        c ~ U{classes other than y}, of images drawn at random;
     confident:     argmin over c ≠ y of p(c | x), of the images of the largest p(y | x);
-    concentrated:  one b of images drawn from one class a, the pair (a, b) that hurts most.
+    concentrated:  b, of images drawn from the class a, for the pair (a, b) that hurts most.
 
 Where labels are fixed and pixels are not, copies of the images take places of the classes that the wrong
 labels name: the same wrong pairs, but most originals stay.
