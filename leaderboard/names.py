@@ -12,6 +12,7 @@ LATER = {
     "against": "",
     "differentiated": 1.0,
     "full_from": 1.0,
+    "judged_on": "validation",
     "label_step": 0.0,
     "last_step": 0.1,
     "memory": "2GiB",

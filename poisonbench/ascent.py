@@ -32,7 +32,7 @@ from poisonbench.defenses import Composed, in_steps
 from poisonbench.errors import UserError
 from poisonbench.flips import Flips, best_concentrated_flips, placed, require_flips
 from poisonbench.journal import Journal, pack, unpack
-from poisonbench.problem import Problem, require_finite
+from poisonbench.problem import JudgedOn, Problem, require_finite
 from poisonbench.threat import Budget, PoisonSet
 from poisonbench.victim.evaluation import Goal
 from poisonbench.victim.training import Poison
@@ -106,13 +106,17 @@ class Ascent(Attack):
         step_size: of the first metastep, in pixel units (1 is the whole range); it falls linearly.
         last_step: to what share of that it falls.
         restarts: how often it falls anew, by parts of the metasteps as equal as can be.
-        update: `adam`, or the `sign` of the gradient's running mean.
+        update: `adam`; the `sign` of the gradient's running mean; or that mean itself, `normalized`: as
+            long as a step that moves every pixel by `step_size`, but most where the gradient is large.
         momentum: share of the running mean that each metastep keeps.
         goal: loss to climb: `cross_entropy`, the `margin` of the best wrong answer over the right one,
             or the expected `error`, which saturates.
         temperature: the victims' logits are divided by it before that. Where they are unsure, much of
             either loss at 1 is of answers that stay as they are; the lower, the more only those count
             that a little more would change.
+        judged_on: images whose loss is climbed, and checked: `validation`, or `all` that are clean, the
+            training images that are not poisoned among them. Victims fit those, but there are more of
+            them: a climb may fit the few of a small validation set.
         check_every: metasteps between checks on held-out seeds.
         check_seeds: victims trained for a check.
         start: which images: `random` draws them, with their own labels; `flips` takes the best
@@ -127,10 +131,11 @@ class Ascent(Attack):
     step_size: float = 0.1
     last_step: float = 0.1
     restarts: int = 0
-    update: Literal["adam", "sign"] = "adam"
+    update: Literal["adam", "sign", "normalized"] = "adam"
     momentum: float = 0.8
     goal: Goal = "cross_entropy"
     temperature: float = 1.0
+    judged_on: JudgedOn = "validation"
     check_every: int = 10
     check_seeds: int = 5
     start: str = "random"
@@ -161,7 +166,8 @@ class Ascent(Attack):
 
     def problem(self, task: Task, indices: np.ndarray, labels: np.ndarray) -> Problem:
         """What is climbed with these images poisoned, under these labels."""
-        return Problem.of(task, indices, labels, self.goal, self.guard(), self.temperature)
+        guard, how = self.guard(), self.judged_on
+        return Problem.of(task, indices, labels, self.goal, guard, self.temperature, how)
 
     def require(self, budget: Budget) -> None:
         """Flips as a start need a budget that can have them."""
@@ -277,6 +283,11 @@ class Ascent(Attack):
         size = optax.join_schedules(falls, ends[1:-1])
         if self.update == "adam":
             return optax.adam(size, b1=self.momentum, b2=SECOND_MOMENT)
+        if self.update == "normalized":
+            # Before the mean, so that no one run outweighs the others; and after it, where runs that
+            # disagree would shorten the step.
+            mean = optax.chain(_unit_rms(), optax.ema(self.momentum), _unit_rms())
+            return optax.chain(mean, optax.scale_by_learning_rate(size))
         return optax.chain(
             optax.ema(self.momentum), optax.scale_by_sign(), optax.scale_by_learning_rate(size)
         )
@@ -299,6 +310,16 @@ class Ascent(Attack):
             journal.rows[-1]["changed_labels"] = float((labels != climb.labels).mean())
         journal.save(climb.arrays())
         return climb
+
+
+def _unit_rms() -> optax.GradientTransformation:
+    """Each array divided by the root of its mean square; zeros stay as they are."""
+
+    def unit(array: Array) -> Array:
+        rms = jnp.sqrt(jnp.mean(array**2))
+        return jnp.where(rms > 0, array / jnp.where(rms > 0, rms, 1), 0)
+
+    return optax.stateless_with_tree_map(lambda array, _: unit(array))
 
 
 def _stored(z: Poisoned) -> tuple[np.ndarray, np.ndarray | None]:

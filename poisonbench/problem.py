@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,18 @@ from poisonbench.victim.evaluation import Goal, ValidationLoss, train
 from poisonbench.victim.recipe import Recipe
 from poisonbench.victim.training import Guard, Poison, TrainingRun, TrainingSet, TrainState
 
+JudgedOn = Literal["validation", "all"]
+"""Clean images that the loss is of: validation images alone, or training images that stay too."""
+
 
 @dataclass(frozen=True)
 class Problem:
-    """The validation loss of victims trained with some images poisonable: what attacks raise.
+    """The loss of victims trained with some images poisonable: what attacks raise.
 
     Attributes:
         recipe: the victim's.
         data: the training set, with slots for the poison.
-        loss: of a trained victim, on validation data.
+        loss: of a trained victim, on clean images.
         low, high: `[p, height, width, channels]`, float32, the pixels that the budget allows.
         guard: the defence in its steps that the attack is made against; None for none.
     """
@@ -44,11 +48,20 @@ class Problem:
         goal: Goal,
         guard: Guard | None = None,
         temperature: float = 1.0,
+        judged_on: JudgedOn = "validation",
     ) -> Problem:
-        """The problem with these images poisoned, under these labels."""
+        """The problem with these images poisoned, under these labels; the loss is on validation images.
+
+        Where it is `judged_on` all, it is on the training images at other indices too.
+        """
         clean = TrainingSet.clean(task.train_images, task.train_labels, task.num_classes)
-        images, truth = jnp.asarray(task.val_images), jnp.asarray(task.val_labels)
-        loss = ValidationLoss(task.recipe, task.num_classes, goal, images, truth, temperature)
+        images, truth = task.val_images, task.val_labels
+        if judged_on == "all":
+            images = np.concatenate([images, np.delete(task.train_images, indices, axis=0)])
+            truth = np.concatenate([truth, np.delete(task.train_labels, indices)])
+        loss = ValidationLoss(
+            task.recipe, task.num_classes, goal, jnp.asarray(images), jnp.asarray(truth), temperature
+        )
         low, high = (jnp.asarray(bound, jnp.float32) / 255 for bound in task.bounds(indices))
         data = clean.with_poison(indices, labels, add=task.budget.mode == "add")
         return Problem(task.recipe, data, loss, low, high, guard)
@@ -67,7 +80,7 @@ class Problem:
         keys: Key[Array, " seeds"],
         labels: Int32[np.ndarray, " p"] | None = None,
     ) -> tuple[float, float]:
-        """The same mean loss, and the share of validation images that these victims get wrong.
+        """The same mean loss, and the share of its images that these victims get wrong.
 
         Args:
             images: the poison.

@@ -4,7 +4,9 @@ Claims of `poisonbench.ascent` and `attacks.mgd` tested here, on made-up losses 
 
 - what is handed in is the poison of the check with the highest held-out loss, be it the first, the last
   or one between, and not where the climb ended;
-- every update climbs, and the sign of the mean moves all pixels equally far;
+- every update climbs; the sign of the mean moves all pixels equally far, and a normalized step has its
+  length whatever the gradients are;
+- what it is judged on holds no image whose place the poison takes;
 - steps fall to the share that they are told, as often as they are told;
 - killed between a metastep and its check, it repeats the check alone and ends the same;
 - where no check is finite it says so;
@@ -98,7 +100,7 @@ def test_the_best_of_the_checks_is_handed_in(best: int, monkeypatch: pytest.Monk
     assert all(row["held_out_error"] == WRONG for row in journal.rows if "held_out_loss" in row)
 
 
-@pytest.mark.parametrize("update", ["adam", "sign"])
+@pytest.mark.parametrize("update", ["adam", "sign", "normalized"])
 def test_every_update_climbs(update: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = Checks([0.0, 1.0], monkeypatch)
     attack = Towards(steps=20, check_every=20, update=update, step_size=0.05)
@@ -113,6 +115,34 @@ def test_a_sign_step_moves_all_pixels_equally_far(monkeypatch: pytest.MonkeyPatc
     before, after = (images.astype(int) for images in checks.seen)
     assert set(np.abs(after - before).ravel()) == {20}
     np.testing.assert_array_equal(np.sign(after - before), np.sign(255 * TARGET - before))
+
+
+def test_a_normalized_step_is_the_gradient_at_a_length_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long gradients are, a step is as long, and each gradient has an equal part in it."""
+    monkeypatch.setattr(Problem, "judged", lambda *_: (0.0, WRONG))
+    first, second = jax.random.normal(KEY, (2, *SHAPE))
+    given, seen = iter([first, 1000 * second, 0 * first]), []
+
+    @dataclass(frozen=True)
+    class Told(Towards):
+        def gradient(self, *_: Any) -> tuple[float, Any]:
+            return 0.0, next(given)
+
+        def moved(self, problem: Problem, z: Any, updates: Any) -> Any:
+            seen.append(updates)
+            return z
+
+    Told(steps=2, update="normalized", momentum=0.5, step_size=0.1, last_step=1.0).craft(
+        TASK, KEY, Journal()
+    )
+    one, two = (each / jnp.sqrt(jnp.mean(each**2)) for each in (first, second))
+    np.testing.assert_allclose(seen[0], 0.1 * one, rtol=1e-4)
+    mean = one / 3 + two * 2 / 3
+    np.testing.assert_allclose(seen[1], 0.1 * mean / jnp.sqrt(jnp.mean(mean**2)), rtol=1e-4, atol=1e-6)
+    Told(steps=1, update="normalized").craft(TASK, KEY, Journal())
+    assert not seen[2].any(), "no gradient, no step"
 
 
 @pytest.mark.parametrize(
@@ -288,5 +318,20 @@ def test_what_is_climbed_is_what_was_asked_for() -> None:
     attack, rows = Towards(goal="error", temperature=0.5), np.arange(TASK.num_poison)
     loss = attack.problem(TASK, rows, TASK.train_labels[rows]).loss
     assert (loss.goal, loss.temperature) == ("error", 0.5)
+    np.testing.assert_array_equal(loss.images, TASK.val_images)
     with pytest.raises(UserError, match="temperature"):
         Towards(temperature=0.0)
+
+
+def test_all_that_a_climb_may_be_judged_on_is_clean() -> None:
+    """Validation images, and training images, less those whose places the poison takes."""
+    attack, rows = Towards(judged_on="all"), np.array([2, 0])
+    loss = attack.problem(TASK, rows, TASK.train_labels[rows]).loss
+    kept = [i for i in range(len(TASK.train_labels)) if i not in rows]
+    assert len(loss.images) == len(loss.labels) == len(TASK.val_labels) + len(kept)
+    np.testing.assert_array_equal(loss.images[len(TASK.val_labels) :], TASK.train_images[kept])
+    np.testing.assert_array_equal(loss.labels[len(TASK.val_labels) :], TASK.train_labels[kept])
+    everywhere = np.arange(len(TASK.train_labels))
+    np.testing.assert_array_equal(
+        attack.problem(TASK, everywhere, TASK.train_labels).loss.images, TASK.val_images
+    )
