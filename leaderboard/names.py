@@ -21,6 +21,8 @@ LATER = {
 }
 """Options that attacks were given later, with the values that they had in effect before, and that a row
 does not name."""
+UNSAID = {**LATER, "momentum": 0.8, "step_size": 0.1, "update": "adam"}
+"""Those, and what else goes without saying: how every ascent steps unless it is told otherwise."""
 
 
 def telling_options(group: list[Record]) -> dict[str, set[str]]:
@@ -56,7 +58,7 @@ def attack_name(record: Record, telling: Iterable[str]) -> str:
     told = [
         f"{name}={value if isinstance(value, str) else canonical(value)}"
         for name, value in sorted(_options(record).items())
-        if name in telling and not (name in LATER and LATER[name] == value)
+        if name in telling and not (name in UNSAID and UNSAID[name] == value)
     ]
     return f"{record.attack} ({', '.join(told)})" if told else record.attack
 

@@ -319,13 +319,22 @@ def test_a_poison_that_was_handed_in_is_no_control(tmp_path: Path) -> None:
 def test_an_option_that_came_later_is_told_only_where_it_is_used(tmp_path: Path) -> None:
     names: Any = importlib.import_module("poisonbench.leaderboard.names")
     now = attacks.config(attacks.build("mgd", []))
-    assert now.items() >= names.LATER.items()
+    assert now.items() >= names.UNSAID.items() > names.LATER.items()
     old = {"steps": 40}
     same = put(tmp_path / "same", make("mgd", attack_config=old), make(attack_config=old | names.LATER))
     assert [row[1] for row in rows(page(same))] == ["mgd", "mgd"]
     used = make("mgd", 9, attack_config=old | names.LATER | {"temperature": 0.5})
     other = put(tmp_path / "other", make("mgd", attack_config=old), used)
     assert [row[1] for row in rows(page(other))] == ["mgd", "mgd (temperature=0.5)"]
+
+
+def test_how_an_ascent_steps_is_told_only_where_it_is_unlike_the_others(tmp_path: Path) -> None:
+    usual = {"steps": 40, "momentum": 0.8, "step_size": 0.1, "update": "adam"}
+    small = usual | {"momentum": 0.9, "step_size": 0.03, "update": "normalized"}
+    results = put(tmp_path, make("mgd", 3, attack_config=usual), make("mgd", 2, attack_config=small))
+    assert [row[1] for row in rows(page(results))] == [
+        "mgd", "mgd (momentum=0.9, step\\_size=0.03, update=normalized)",
+    ]  # fmt: skip
 
 
 def test_options_that_differ_are_shown(tmp_path: Path) -> None:
