@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ ENOUGH = 3
 """Checks on held-out seeds that make a curve."""
 MOST = 24
 """Attacks, controls or defences that one figure can show apart: the first; the table has all."""
+LINE = 90
+"""Characters in a line of a legend, in a figure of one panel too."""
 SHARES = (-150, 150)
 """Percent won back that a figure shows; an arrow stands for what is below."""
 
@@ -115,15 +118,19 @@ def _costs(game: Game, results: Path) -> dict[str, Any] | None:
         }
         for row in rows
     ]
-    climbs: dict[str, list[dict[str, Any]]] = {}
+    climbs: dict[str, list[tuple[Row, list[list[float]]]]] = {}
     for row in rows:
         if curve := _curve(row, results):
-            climbs.setdefault(_goal(row), []).append({"name": row.name, "points": curve})
-    # Values of two goals do not compare: the one that most climbed, or the best of the table.
-    goal = max(climbs, key=lambda goal: len(climbs[goal]), default="")
+            climbs.setdefault(_goal(row), []).append((row, curve))
+
+    def compared(goal: str) -> tuple[int, int]:
+        return len({row.record.attack for row, _ in climbs[goal]}), len(climbs[goal])
+
+    # Values of two goals do not compare: the one that most attacks climbed, or the best of the table.
+    goal = max(climbs, key=compared, default="")
+    curves = [{"name": row.name, "points": curve} for row, curve in climbs.get(goal, [])]
     return {
-        "title": game.title, "victims": judge, "points": points, "goal": goal,
-        "curves": climbs.get(goal, []),
+        "title": game.title, "victims": judge, "points": points, "goal": goal, "curves": curves,
     }  # fmt: skip
 
 
@@ -137,6 +144,8 @@ def _goal(row: Row) -> str:
     config = row.record.attack_config
     goals = {"error": "expected validation error", "margin": "validation margin"}
     loss = goals.get(config.get("goal", ""), "validation loss")
+    if config.get("judged_on") == "all":
+        loss = loss.replace("validation", "clean-image")
     temperature = config.get("temperature", 1)
     return loss if temperature == 1 else f"{loss} at temperature {temperature:g}"
 
@@ -189,10 +198,10 @@ def _fractions(games: list[Game]) -> dict[str, dict[str, Any]]:
 
 def _draw_costs(numbers: dict[str, Any]) -> Figure:
     curves = numbers["curves"]
-    figure = Figure(figsize=(11 if curves else 6, 4), layout="constrained")
+    looks = _looks(_names(numbers))
+    figure = Figure(figsize=(11 if curves else 6, 4 + 0.17 * len(looks)), layout="constrained")
     panels: Any = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
     figure.suptitle(numbers["title"], fontsize=10)
-    looks = _looks(_names(numbers))
     labelled: set[str] = set()
     for point in numbers["points"]:
         color, marker = ("0.6", "o") if point["control"] else looks[point["name"]]
@@ -202,7 +211,7 @@ def _draw_costs(numbers: dict[str, Any]) -> Figure:
         )
         panels[0].plot(
             point["trainings"], point["drop"], linestyle="", color=color, marker=marker,
-            label=None if label in labelled else label,
+            label=None if label in labelled else textwrap.fill(label, LINE),
         )  # fmt: skip
         labelled.add(label)
     panels[0].set_xscale("symlog", linthresh=1)
@@ -211,12 +220,12 @@ def _draw_costs(numbers: dict[str, Any]) -> Figure:
     if curves:
         for curve in curves:
             color, marker = looks.get(curve["name"], ("0.6", "o"))
-            panels[1].plot(
-                *zip(*curve["points"], strict=True), color=color, marker=marker, label=curve["name"]
-            )
+            panels[1].plot(*zip(*curve["points"], strict=True), color=color, marker=marker)
         panels[1].set_ylabel(f"{numbers['goal']},\nheld-out seeds")
     for axes in panels:
-        _finish(axes, "crafting, in trainings of one victim")
+        _finish(axes, "crafting, in trainings of one victim", legend=False)
+    # Below, and once for both panels: names can be longer than a panel is wide.
+    figure.legend(frameon=False, fontsize=7, loc="outside lower center")
     return figure
 
 
@@ -324,11 +333,11 @@ def _arms(ends: list[float]) -> np.ndarray:
     return np.array([[mean - low], [high - mean]])
 
 
-def _finish(axes: Axes, x: str, *, beside: bool = False) -> None:
+def _finish(axes: Axes, x: str, *, beside: bool = False, legend: bool = True) -> None:
     axes.set_xlabel(x)
     if axes.get_ylim()[0] <= 0:
         axes.axhline(0, color="0.8", linewidth=1, zorder=0)
-    if axes.get_legend_handles_labels()[0]:
+    if legend and axes.get_legend_handles_labels()[0]:
         where: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
         axes.legend(frameon=False, fontsize=7, **where)
     axes.spines[["top", "right"]].set_visible(False)

@@ -90,6 +90,7 @@ def test_what_makes_a_curve(results: Path) -> None:
         ({"goal": "error"}, "expected validation error"),
         ({"goal": "margin"}, "validation margin"),
         ({"temperature": 0.5}, "validation loss at temperature 0.5"),
+        ({"goal": "error", "judged_on": "all"}, "expected clean-image error"),
     ],
 )
 def test_curves_of_one_panel_are_of_one_goal(config: dict[str, Any], goal: str, tmp_path: Path) -> None:
@@ -104,6 +105,27 @@ def test_curves_of_one_panel_are_of_one_goal(config: dict[str, Any], goal: str, 
     (numbers,) = [picture.numbers for picture in found(tmp_path).values()]
     assert [curve["name"] for curve in numbers["curves"]] == ["es", "tgda"], "those that are more"
     assert numbers["goal"] == goal
+    for seed in (1, 2):
+        put(tmp_path, make("mgd", 13.0 + seed, attack_seed=seed))
+        (tmp_path / f"digits/mgd/none/run-{seed}/crafting.csv").write_text(LOG)
+    (numbers,) = [picture.numbers for picture in found(tmp_path).values()]
+    assert numbers["goal"] == goal, "more attacks count for more than more rows of one"
+
+
+def test_a_long_name_stays_within_the_figure(tmp_path: Path) -> None:
+    """Whatever names the rows have, all that is drawn lies within the canvas, and panels stay wide."""
+    config = {f"option_{i}": "a value" for i in range(12)}
+    put(tmp_path, make("mgd", 12.0, attack_config=config), make("mgd", 9.0), make("es", 3.0))
+    (picture,) = found(tmp_path).values()
+    figure = picture.draw(picture.numbers)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert any(len(text.get_text().splitlines()) > 1 for text in legend.get_texts())
+    for drawn in (legend, *figure.axes):
+        box = drawn.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert all(axes.get_window_extent().height > figure.bbox.height / 4 for axes in figure.axes)
 
 
 def test_no_figure_of_one_attack_or_of_custom_records(tmp_path: Path) -> None:
