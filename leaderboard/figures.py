@@ -37,6 +37,8 @@ MOST = 24
 """Attacks, controls or defences that one figure can show apart: the first; the table has all."""
 LINE = 90
 """Characters in a line of a legend, in a figure of one panel too."""
+TICK = 35
+"""Characters in a line of an attack's name below a column."""
 SHARES = (-150, 150)
 """Percent won back that a figure shows; an arrow stands for what is below."""
 
@@ -287,7 +289,8 @@ def _draw_defenses(numbers: dict[str, Any]) -> Figure:
     # One that ruins its victims would leave all others one colour.
     most = max(0.1, float(np.nanpercentile(np.abs(points), 90)))
     shown = left.imshow(points, cmap="RdYlGn", vmin=-most, vmax=most, aspect="auto")
-    left.set_xticks(range(len(attacks)), attacks, rotation=30, ha="right", fontsize=8)
+    ticks = [textwrap.fill(attack, TICK) for attack in attacks]
+    left.set_xticks(range(len(attacks)), ticks, rotation=30, ha="right", fontsize=8)
     left.set_yticks(range(len(defenses)), defenses, fontsize=8)
     for (i, j), value in np.ndenumerate(points):
         text = "" if np.isnan(value) else f"{round(value, 1) + 0:.1f}"
