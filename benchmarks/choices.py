@@ -18,7 +18,6 @@ A benchmark that was killed goes on where it was when the same command is given 
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from rich.table import Table
 from benchmarks import choice_pictures
 from poisonbench import attacks, harness, runs, setting
 from poisonbench._files import require_writable
+from poisonbench._options import command as recorded_command
 from poisonbench.data import DataSpec
 from poisonbench.errors import UserError, plain
 from poisonbench.setting import Setting
@@ -299,7 +299,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the file and its picture.")] = OUT,
 ) -> None:
     """Measure what choices in mgd are worth, and draw it."""
-    command = shlex.join(["python", "-m", "benchmarks.choices", *sys.argv[1:]])
+    command = recorded_command("python -m benchmarks.choices")
     try:
         require_writable(out)
         game = setting.resolve(

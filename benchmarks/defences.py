@@ -22,7 +22,6 @@ killed goes on where it was when the same command is given again.
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +42,7 @@ from benchmarks.counting import counting
 from benchmarks.pieces import Pieces
 from poisonbench import compute, costs, data, defended, defenses, tracks
 from poisonbench._files import require_writable
+from poisonbench._options import command as recorded_command
 from poisonbench.costs import Costs, DefenseCost, Round
 from poisonbench.data import Dataset
 from poisonbench.defenses import Composed, View
@@ -213,7 +213,7 @@ def main(
 ) -> None:
     """Measure what defences cost, and write it where the leaderboard reads it."""
     compute.setup()
-    command = shlex.join(["python", "-m", "benchmarks.defences", *sys.argv[1:]])
+    command = recorded_command("python -m benchmarks.defences")
     try:
         require_writable(out)
         result, path = measure(track, chosen(defense or (), also or ()), rounds, out, command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -61,13 +62,19 @@ _PRIVATE = {"--data-dir": "DIR", "--secret": "FILE"}
 """Where data and secrets lie on this machine is nobody else's business."""
 
 
-def command() -> str:
-    """What was typed, for the record."""
-    words = list(sys.argv[1:])
-    for i, word in enumerate(words):
-        option, equals, _ = word.partition("=")
-        if option in _PRIVATE and equals:
-            words[i] = f"{option}={_PRIVATE[option]}"
-        elif option in _PRIVATE and i + 1 < len(words):
-            words[i + 1] = _PRIVATE[option]
-    return "poisonbench " + shlex.join(words)
+def command(program: str = "poisonbench") -> str:
+    """What was typed, for the record: of a path of this machine no more than its last name."""
+    told: list[str] = []
+    for before, word in pairwise(["", *sys.argv[1:]]):
+        option, equals, value = word.partition("=")
+        if word.startswith("--") and equals:
+            told.append(f"{option}={_private(option, value)}")
+        else:
+            told.append(_private(before, word))
+    return f"{program} {shlex.join(told)}"
+
+
+def _private(option: str, value: str) -> str:
+    if option in _PRIVATE:
+        return _PRIVATE[option]
+    return f"PATH/{Path(value).name}" if Path(value).is_absolute() else value

@@ -166,8 +166,9 @@ class Ascent(Attack):
 
     def problem(self, task: Task, indices: np.ndarray, labels: np.ndarray) -> Problem:
         """What is climbed with these images poisoned, under these labels."""
-        guard, how = self.guard(), self.judged_on
-        return Problem.of(task, indices, labels, self.goal, guard, self.temperature, how)
+        return Problem.of(
+            task, indices, labels, self.goal, self.guard(), self.temperature, self.judged_on
+        )
 
     def require(self, budget: Budget) -> None:
         """Flips as a start need a budget that can have them."""
@@ -317,7 +318,7 @@ def _unit_rms() -> optax.GradientTransformation:
 
     def unit(array: Array) -> Array:
         rms = jnp.sqrt(jnp.mean(array**2))
-        return jnp.where(rms > 0, array / jnp.where(rms > 0, rms, 1), 0)
+        return array / jnp.where(rms > 0, rms, 1)
 
     return optax.stateless_with_tree_map(lambda array, _: unit(array))
 

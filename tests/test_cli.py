@@ -8,6 +8,7 @@ Claims of `poisonbench.cli` tested here:
 - training that blows up says at which metastep and what to lower, and its checkpoint stays usable;
 - `--help` of every verb works and does not import JAX;
 - `--json` prints JSON and nothing else; without it, `craft` and `publish` print a path;
+- a recorded command names no path of the machine;
 - `leaderboard --check` writes nothing, and exits 1 where a table is out of date;
 - an interruption exits 130 and says that the same command continues.
 """
@@ -27,7 +28,7 @@ import pytest
 from commandline import Run, cli, refused
 
 import poisonbench
-from poisonbench import attacks, harness, runs
+from poisonbench import _options, attacks, harness, runs
 from poisonbench.errors import UserError
 from poisonbench.journal import Journal
 from poisonbench.records import Record
@@ -137,6 +138,24 @@ def test_without_a_verb_it_shows_the_help(command: Run) -> None:
     assert code in (0, 2)
     assert "Commands:\n" in out + err
     assert not err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "recorded"),
+    [
+        ("run --data-dir /home/ada/tfds --seed 1", "run --data-dir DIR --seed 1"),
+        ("verify x.zip --secret=mine", "verify x.zip --secret=FILE"),
+        ("run --out /home/ada/runs --json", "run --out PATH/runs --json"),
+        ("run --out=/home/ada/runs", "run --out=PATH/runs"),
+        ("evaluate /home/ada/a=b/poison.safetensors", "evaluate PATH/poison.safetensors"),
+        ("run --out runs/mine --set smooth.width=8", "run --out runs/mine --set smooth.width=8"),
+    ],
+)
+def test_a_recorded_command_names_no_path_of_the_machine(
+    typed: str, recorded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/poisonbench", *typed.split()])
+    assert _options.command() == f"poisonbench {recorded}"
 
 
 def test_a_download_that_fails_is_one_line(
