@@ -323,9 +323,11 @@ def test_an_option_that_came_later_is_told_only_where_it_is_used(tmp_path: Path)
     old = {"steps": 40}
     same = put(tmp_path / "same", make("mgd", attack_config=old), make(attack_config=old | names.LATER))
     assert [row[1] for row in rows(page(same))] == ["mgd", "mgd"]
-    used = make("mgd", 9, attack_config=old | names.UNSAID | {"temperature": 0.5, "update": "sign"})
+    unlike = {"step_size": 0.03, "temperature": 0.5, "update": "sign"}
+    name = "mgd (step\\_size=0.03, temperature=0.5, update=sign)"
+    used = make("mgd", 9, attack_config=old | names.UNSAID | unlike)
     other = put(tmp_path / "other", make("mgd", attack_config=old), used)
-    assert [row[1] for row in rows(page(other))] == ["mgd", "mgd (temperature=0.5, update=sign)"]
+    assert [row[1] for row in rows(page(other))] == ["mgd", name]
 
 
 def test_options_that_differ_are_shown(tmp_path: Path) -> None:
