@@ -32,7 +32,7 @@ from poisonbench.tracks import TRACKS
 
 from . import papers
 from .columns import columns, marks, standing
-from .figures import Picture, of_defenses, of_game
+from .figures import Picture, of_defenses, of_game, of_transfer
 from .games import Game, Row
 from .grids import CONTROLS, Cell, DefenseTable
 from .names import canonical
@@ -181,7 +181,8 @@ class _Writer:
         self._environment = _environment()
         self._environment.globals |= shared | {
             "root": root, "result": self._result, "columns": columns, "marks": marks,
-            "standing": standing, "tracks": TRACKS, "of_game": of_game, "of_defenses": of_defenses,
+            "standing": standing, "tracks": TRACKS,
+            "of_game": of_game, "of_transfer": of_transfer, "of_defenses": of_defenses,
             "of_attack": papers.of_attack, "of_entry": papers.of_entry, "summary": papers.summary,
             "address": papers.address, "generator": GENERATOR, "controls": CONTROLS,
             "ranking": RULES[CURRENT].statement, "rules": CURRENT,
@@ -289,6 +290,16 @@ def _describe(picture: Picture) -> str:
             f" against the price of the defence. On the Pareto front: {', '.join(numbers['front'])}."
             " The numbers are in the table of defences."
         )
+    if "kinds" in numbers:
+        carried = "; ".join(
+            f"{attack['name']}: "
+            + ", ".join(
+                f"{kind} {drop['drop']:.2f}"
+                for kind, drop in zip(numbers["kinds"], attack["drops"], strict=True)
+            )
+            for attack in numbers["attacks"]
+        )
+        return f"Points lost by victims of every kind, by the first row of each attack. {carried}."
     lines = "; ".join(
         f"{line['name']}: "
         + ", ".join(f"{p['drop']:.2f} at {100 * p['fraction']:.4g} %" for p in line["points"])

@@ -31,7 +31,7 @@ from poisonbench.threat import LInf
 
 from .columns import marks
 from .defended import defense_tables, left_out
-from .figures import FOLDER, Picture, of_defenses, of_game, pictures
+from .figures import FOLDER, Picture, of_defenses, of_game, of_transfer, pictures
 from .games import Game, Row, read
 from .grids import CONTROLS, DefenseTable
 from .names import canonical
@@ -175,6 +175,7 @@ def _files(board: _Board, rules: int) -> dict[Path, str]:
         rules=rules,
         rule=RULES[rules].statement,
         of_game=of_game,
+        of_transfer=of_transfer,
         of_defenses=of_defenses,
         controls=CONTROLS,
         left_out=board.left_out,

@@ -7,6 +7,8 @@ Claims of `poisonbench.leaderboard.figures` tested here:
 - how crafting went is drawn where the run's log has enough checks, against trainings spent;
 - tables that differ in nothing but the fraction share a figure, whose lines join records of one attack
   with one configuration;
+- where attacks have scores on transfer victims, a figure shows the first such row of each beside what
+  the table's own victims lost, without that of no attack, and none where there is one attack alone;
 - a figure that shows other numbers than the records is found and drawn anew, one that belongs to no
   record goes; the same numbers are not drawn again;
 - the page shows the figures that there are.
@@ -23,8 +25,10 @@ from PIL import Image
 from test_leaderboard import DIGITS, FREE, make, page, put
 
 from poisonbench.errors import UserError
+from poisonbench.records import Record
 from poisonbench.submission import manifest
 from poisonbench.threat import Budget, LInf
+from poisonbench.transfer import Transfer
 
 figures: Any = importlib.import_module("poisonbench.leaderboard.figures")
 games: Any = importlib.import_module("poisonbench.leaderboard.games")
@@ -171,6 +175,47 @@ def test_each_game_has_its_own_figure_of_fractions_without_entries_of_others(tmp
         f"digits-replace-fixed-labels-pixels-within-{radius}-255-by-fraction.png" for radius in (8, 16)
     }
     assert all([line["name"] for line in lines] == ["mgd"] for lines in drawn.values())
+
+
+def carry(results: Path, record: Record, **drops: float) -> None:
+    """Store a record with scores on some of its track's transfer victims beside it."""
+    put(results, record)
+    several = [
+        make(drop=drops.get(name, 0.0), recipes={name: recipe.as_dict()}, surrogate=name)
+        for name, recipe in DIGITS.transfer.items()
+    ]
+    transferred = Transfer(
+        poison_hash=record.poison_hash, victims=[one.victims[0] for one in several],
+        evaluation_seconds=1.0, created=record.created, command="poisonbench transfer",
+        code=record.code, libraries={}, hardware=record.hardware,
+    )  # fmt: skip
+    last = max((results / "digits" / record.attack / "none").iterdir(), key=lambda path: path.name)
+    transferred.save(last / "transfer.json")
+
+
+def test_drop_of_victims_of_every_kind(tmp_path: Path) -> None:
+    path = Path("figures/digits-replace-fixed-labels-any-pixels-0.025-of-the-set-transfer.png")
+    put(tmp_path, make("mgd", 12.0, attack_seed=1))
+    carry(tmp_path, make("none", 0.0, 0.0, num_poison=0))
+    carry(tmp_path, make("mgd", 9.0, attack_seed=2), wide=8.0, velo=-1.0)
+    carry(tmp_path, make("mgd", 5.0, attack_seed=3), wide=20.0)
+    assert path not in found(tmp_path), "one attack"
+    carry(tmp_path, make("es", 3.0), narrow=2.0)
+    picture = found(tmp_path)[path]
+    kinds = ["smooth", "standard", *DIGITS.transfer]
+    assert (picture.numbers["kinds"], picture.numbers["own"]) == (kinds, 2)
+    drops = {
+        attack["name"]: dict(zip(kinds, [drop["drop"] for drop in attack["drops"]], strict=True))
+        for attack in picture.numbers["attacks"]
+    }
+    nothing = dict.fromkeys(kinds, 0.0)
+    assert drops == {
+        "mgd (attack_seed=2)": nothing | {"smooth": 9.0, "standard": 9.0, "wide": 8.0, "velo": -1.0},
+        "es": nothing | {"smooth": 3.0, "standard": 3.0, "narrow": 2.0},
+    }
+    (axes,) = picture.draw(picture.numbers).axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == kinds
+    assert f"]({path.as_posix()})" in page(tmp_path)
 
 
 def test_figures_follow_the_records(results: Path) -> None:
