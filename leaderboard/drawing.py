@@ -62,7 +62,7 @@ def transfer(numbers: dict[str, Any]) -> Figure:
     axes.set_title(numbers["title"], fontsize=10)
     looks = _looks([attack["name"] for attack in attacks])
     # Side by side, so that intervals do not hide each other.
-    aside = np.linspace(-0.3, 0.3, len(attacks))
+    aside = np.linspace(-1, 1, len(attacks)) * min(0.35, 0.07 * (len(attacks) - 1))
     for attack, shift in zip(attacks, aside, strict=True):
         color, marker = looks[attack["name"]]
         y, half = ([drop[name] for drop in attack["drops"]] for name in ("drop", "half"))
