@@ -159,14 +159,14 @@ Clean victims have 49.7 % (smooth) and 51.0 or 51.4 % (standard, by the processo
 victims of the same one). With fixed labels `mgd` climbs from images as they are, which takes 1.76 ±
 0.39 and 0.88 ± 0.84 points, and 2.13 ± 0.56 and 1.08 ± 0.94 in forty steps that aim at wrong answers
 (`--start-seeds 3 --goal error --temperature 0.5 --steps 40`, which takes 2½ hours). Those forty carry
-to victims twice as wide (1.71 ± 0.59), half as wide (1.24 ± 0.45) and to a plain network (1.62 ± 0.45),
-and are not seen to carry to AdamW (0.37 ± 0.77) and VeLO (0.63 ± 1.23), of which the preset's take 1.00
-± 0.71 and 1.66 ± 1.36. From copies of wrong pairs (`--start influence`) its steps lower held-out loss,
-and the start is kept: 0.97 ± 0.45 and 1.57 ± 0.73; smaller ones (`--update normalized`) come to 1.86 ±
-0.41 and 0.63 ± 0.82. Noise takes 0.50 ± 0.48 and 0.25 ± 0.81. With free labels `mgd` takes 3.30 ± 0.44 and 2.34 ± 0.85, in some 95 minutes, concentrated
-flips 2.09 ± 0.73 and 1.20 ± 0.98. That poison of `mgd` carries to every victim but those of mlp_opt,
-whose seeds scatter by more: 2.83 ± 0.65 wide, 3.43 ± 0.53 narrow, 2.14 ± 0.60 plain, 2.02 ± 0.89 AdamW
-and 1.95 ± 1.24 VeLO.
+to victims twice as wide (1.71 ± 0.59), half as wide (1.24 ± 0.45) and to a plain network (1.62 ±
+0.45), and are not seen to carry to AdamW (0.37 ± 0.77) and VeLO (0.63 ± 1.23), of which the preset's
+take 1.00 ± 0.71 and 1.66 ± 1.36. From copies of wrong pairs (`--start influence`) its steps lower
+held-out loss, and the start is kept: 0.97 ± 0.45 and 1.57 ± 0.73; smaller ones (`--update normalized`)
+come to 1.86 ± 0.41 and 0.63 ± 0.82. Noise takes 0.50 ± 0.48 and 0.25 ± 0.81. With free labels `mgd`
+takes 3.30 ± 0.44 and 2.34 ± 0.85, in some 95 minutes, concentrated flips 2.09 ± 0.73 and 1.20 ± 0.98.
+That poison of `mgd` carries to every victim but those of mlp_opt, whose seeds scatter by more: 2.83 ±
+0.65 wide, 3.43 ± 0.53 narrow, 2.14 ± 0.60 plain, 2.02 ± 0.89 AdamW and 1.95 ± 1.24 VeLO.
 
 Fixed labels, other fractions: of smooth victims `mgd` takes 0.50 ± 0.19 with `--fraction 0.01` (40
 images) and 5.12 ± 0.76 with 0.1 (400), flips by copies of wrong pairs 0.17 ± 0.43 and 4.63 ± 0.68. Of
