@@ -22,6 +22,7 @@ from PIL import Image
 from poisonbench.errors import UserError
 from poisonbench.pictures import save
 from poisonbench.statistics import Interval
+from poisonbench.submission import manifest
 
 from . import drawing
 from .games import Game, Row, by_fraction, lines
@@ -185,10 +186,11 @@ def _curve(row: Row, results: Path) -> list[list[float]] | None:
 
 def _transfer(game: Game) -> dict[str, Any] | None:
     """Drop of victims of every kind, by the first row of each attack; None for fewer than two."""
-    first: dict[str, Row] = {}
+    # What was handed in may be called like an attack of ours, and is another.
+    first: dict[tuple[str, bool], Row] = {}
     for row in game.ranked:
         if row.transfer and row.control != "none":
-            first.setdefault(row.record.attack, row)
+            first.setdefault((row.record.attack, manifest.FILE in row.beside), row)
     if len(first) < 2:
         return None
 

@@ -178,7 +178,7 @@ def test_each_game_has_its_own_figure_of_fractions_without_entries_of_others(tmp
 
 
 def carry(results: Path, record: Record, **drops: float) -> None:
-    """Store a record with scores on some of its track's transfer victims beside it."""
+    """Store a record, and beside it what transfer victims lost: these drops, and nothing elsewhere."""
     put(results, record)
     several = [
         make(drop=drops.get(name, 0.0), recipes={name: recipe.as_dict()}, surrogate=name)
@@ -216,6 +216,17 @@ def test_drop_of_victims_of_every_kind(tmp_path: Path) -> None:
     (axes,) = picture.draw(picture.numbers).axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == kinds
     assert f"]({path.as_posix()})" in page(tmp_path)
+    tables.update(tmp_path, site=tmp_path / "board")
+    shown = (tmp_path / "board" / "track-digits.html").read_text("utf-8")
+    assert "es: smooth 3.00, standard 3.00, wide 0.00, narrow 2.00" in shown, "for those who do not see"
+
+
+def test_what_was_handed_in_does_not_hide_an_attack_of_ours(tmp_path: Path) -> None:
+    carry(tmp_path, make("mgd", 9.0, attack_seed=1), wide=8.0)
+    (tmp_path / "digits/mgd/none/run-0" / manifest.FILE).write_text("{}")
+    carry(tmp_path, make("mgd", 5.0, attack_seed=2), wide=4.0)
+    (numbers,) = [p.numbers for path, p in found(tmp_path).items() if "transfer" in path.name]
+    assert [attack["drops"][0]["drop"] for attack in numbers["attacks"]] == [9.0, 5.0]
 
 
 def test_figures_follow_the_records(results: Path) -> None:
